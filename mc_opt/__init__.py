@@ -1,0 +1,28 @@
+"""mc-opt: a compiler whose optimisations are model-compression methods (the public API)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mc_opt.tools.api import build, capture, compress, load, load_model, save_model
+
+_EXPORTS = {
+    "build": "mc_opt.tools.api",
+    "capture": "mc_opt.tools.api",
+    "compress": "mc_opt.tools.api",
+    "load": "mc_opt.tools.api",
+    "load_model": "mc_opt.tools.api",
+    "save_model": "mc_opt.tools.api",
+}
+
+__all__ = ["__version__", "build", "capture", "compress", "load", "load_model", "save_model"]
+
+
+def __getattr__(name: str) -> Any:  # PEP 562: `import mc_opt` loads none of the rooms
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
