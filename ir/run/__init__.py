@@ -1,1 +1,1 @@
-"""TBD"""
+"""Running models: in ONNX Runtime, and as differentiable torch graphs."""
