@@ -74,13 +74,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def public() -> Callable[[str], Path]:
-    """`public("magika")`: the folder of a fetched and checked public package; skips when it cannot be had."""
-    from models._fetch import FetchError, fetch
+def public() -> Callable[..., Path]:
+    """`public("magika")`: the folder above the fetched and checked packages; skips when one cannot be had."""
+    from tests.models._fetch import FetchError, fetch_public
 
-    def folder(name: str) -> Path:
+    def folder(*names: str) -> Path:
         try:
-            return fetch(name)
+            return fetch_public(*names)
         except FetchError as error:
             pytest.skip(f"missing tool: models: {error}")
 

