@@ -1,0 +1,126 @@
+"""What a target is: options, a price list, and a build that ends in a folder; how targets are found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir
+
+from mc_opt import ir
+from mc_opt.ir import IRError, OptionError
+
+Progress = Callable[[int, int, str], None]
+
+
+class TargetError(IRError):
+    """A model that a target cannot build; the text names the node or input and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What one unit of work costs on one core, in nanoseconds; `bytes` is a byte read from memory."""
+
+    mul: float
+    add: float
+    shift: float
+    xnor: float
+    lookup: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a build wrote.
+
+    Attributes:
+        folder: the target's folder.
+        files: name to SHA-256, sorted by name.
+        resolved: the target's text with everything that was found out at build time.
+        kernels: special kernels, one line each.
+        fallbacks: nodes that run in a general form, and why.
+        seconds: build steps and their times; for timings.json only.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+    resolved: str
+    kernels: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A place where a model runs; the fields of a subclass are its options."""
+
+    name: ClassVar[str]
+    makes_artefact: ClassVar[bool] = True
+    price: ClassVar[Price]
+
+    def resolved(self) -> str:
+        """The target's text after everything that depends on this machine was looked up."""
+        return str(self)
+
+    def check(self, model: onnx_ir.Model) -> None:
+        """Refuse at once what the build would refuse later.
+
+        Raises:
+            TargetError: naming the node or input, and what to do.
+        """
+
+    def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
+        """Build the model into `folder`, which exists and is empty."""
+        raise TypeError(f"{self.name} builds no artefact")
+
+    def __str__(self) -> str:
+        return str(ir.to_spec(self.name, self))
+
+
+def cost(work: Any, price: Price) -> float:
+    """Nanoseconds of some work at a price: Σ count · price, the arithmetic and the memory traffic added up."""
+    return sum(getattr(work, field.name) * getattr(price, field.name) for field in dataclasses.fields(Price))
+
+
+def target_names() -> tuple[str, ...]:
+    """The names of all targets: the files of this folder without a leading underscore."""
+    package = importlib.import_module("mc_opt.targets")
+    return tuple(
+        sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_") and not m.ispkg)
+    )
+
+
+def find_target(name: str) -> type[Target]:
+    """The class of a target.
+
+    Raises:
+        OptionError: for an unknown name; the known ones are listed.
+    """
+    if name not in target_names():
+        raise OptionError(ir.unknown("target", name, target_names()))
+    module = importlib.import_module(f"mc_opt.targets.{name}")
+    for item in vars(module).values():
+        if isinstance(item, type) and issubclass(item, Target) and item.__module__ == module.__name__:
+            return item
+    raise AssertionError(f"targets/{name}.py defines no Target")
+
+
+def parse_targets(text: str) -> list[Target]:
+    """The targets of a comma list, `onnx,x86{cpu=x86-64-v3}`.
+
+    Raises:
+        OptionError: for a text that cannot be read, an unknown target or an unknown option.
+    """
+    return [ir.make(find_target(spec.name), spec) for spec in ir.parse_specs(text)]
+
+
+def parse_target(text: str) -> Target:
+    """The one target that a text names."""
+    targets = parse_targets(text)
+    if len(targets) != 1:
+        raise OptionError(f"{text!r}: expected one target, found {len(targets)}")
+    return targets[0]

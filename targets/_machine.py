@@ -1,0 +1,162 @@
+"""What a processor offers to generated code: its LLVM name, features, vector width, registers and caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+# LLVM feature names by the flag that /proc/cpuinfo shows. Only features that generated code can contain:
+# they are what an artefact asks of the machine that loads it.
+_FEATURES = {
+    "sse3": "pni",
+    "ssse3": "ssse3",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "popcnt": "popcnt",
+    "avx": "avx",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "lzcnt": "abm",
+    "movbe": "movbe",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "avxvnni": "avx_vnni",
+    "gfni": "gfni",
+    "vaes": "vaes",
+    "vpclmulqdq": "vpclmulqdq",
+}
+_V3 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_CASCADE_LAKE = (*_V4, "avx512vnni")
+_ICE_LAKE = (
+    *_CASCADE_LAKE,
+    *("avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq", "gfni", "vaes", "vpclmulqdq"),
+)
+_SAPPHIRE_RAPIDS = (*_ICE_LAKE, "avx512bf16", "avx512fp16", "avxvnni")
+_ZEN4 = (*_ICE_LAKE, "avx512bf16")
+
+_LEVELS = {"x86-64-v3": _V3, "x86-64-v4": _V4}
+# Newest first: the first whose features the machine has is the name that LLVM tunes for.
+_NAMES = {
+    "GenuineIntel": {
+        "sapphirerapids": _SAPPHIRE_RAPIDS,
+        "icelake-server": _ICE_LAKE,
+        "cascadelake": _CASCADE_LAKE,
+        "skylake-avx512": _V4,
+        "haswell": _V3,
+    },
+    "AuthenticAMD": {"znver4": _ZEN4, "znver3": _V3},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A processor as the kernels see it.
+
+    Attributes:
+        cpu: the name that LLVM knows.
+        features: LLVM's feature names, sorted; an artefact runs where all of them are present.
+        lanes: float32 values in one vector register.
+        registers: architectural vector registers.
+        l1: bytes of first-level data cache a core.
+        l2: bytes of second-level cache a core.
+        threads: threads that kernels are split for; 1 leaves every loop serial.
+    """
+
+    cpu: str
+    features: tuple[str, ...]
+    lanes: int
+    registers: int
+    l1: int
+    l2: int
+    threads: int
+
+
+def levels() -> tuple[str, ...]:
+    """The processor names that stand for a level of the x86-64 ABI."""
+    return tuple(_LEVELS)
+
+
+def named(cpu: str, *, threads: int = 1) -> Machine:
+    """The machine of one x86-64 ABI level (`levels()`), with the caches such processors have at least."""
+    return _machine(cpu, _LEVELS[cpu], threads)
+
+
+def native(*, threads: int = 1) -> Machine:
+    """The machine of the processor that runs this program.
+
+    Raises:
+        ValueError: when it is no x86-64 processor with AVX2 and FMA.
+    """
+    flags = present()
+    names = _NAMES.get(_cpuinfo("vendor_id"), {}) | {"x86-64-v4": _V4, "x86-64-v3": _V3}
+    for cpu, features in names.items():
+        if flags.issuperset(features):
+            return _machine(cpu, features, threads)
+    absent = ", ".join(f for f in _V3 if f not in flags)
+    raise ValueError(f"cpu=native: this processor ({platform.machine()}) lacks {absent}; an x86 build needs x86-64-v3")
+
+
+def present() -> frozenset[str]:
+    """LLVM's names of the features that this processor has."""
+    flags = set(_cpuinfo("flags").split())
+    return frozenset(name for name, flag in _FEATURES.items() if flag in flags)
+
+
+def missing(features: Iterable[str]) -> tuple[str, ...]:
+    """The features of a list that this processor lacks, in the list's order."""
+    here = present()
+    return tuple(f for f in features if f not in here)
+
+
+def processor() -> str:
+    """The processor's own name, for people: "Intel(R) Xeon(R) Processor"."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine(cpu: str, features: Sequence[str], threads: int) -> Machine:
+    wide = "avx512f" in features
+    # The smallest caches sold with the level: a tile that fits here fits everywhere.
+    return Machine(
+        cpu=cpu,
+        features=tuple(sorted(features)),
+        lanes=16 if wide else 8,
+        registers=32 if wide else 16,
+        l1=32 << 10,
+        l2=(1 << 20) if wide else (256 << 10),
+        threads=threads,
+    )
+
+
+def _cpuinfo(key: str) -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux: no features are known, and native() says so
+        return ""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""

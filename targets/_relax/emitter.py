@@ -1,0 +1,324 @@
+"""The state of one lowering: which Relax expression, layout or constant stands for each ONNX value.
+
+A handler takes the emitter and a node, asks for its inputs in the layout it wants and sets its outputs:
+
+    def relu(e: Emitter, node: onnx_ir.Node) -> None:
+        x = e.plain(node.inputs[0])
+        y = e.te(lambda a: te.compute(a.shape, lambda *i: tirx.max(a(*i), 0.0)), x, name="relu")
+        e.set(node.outputs[0], y)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir
+from tvm import relax, te
+
+from mc_opt.ir import IRError
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import folding
+
+Layout = Literal["plain", "nhwc"]
+Handler = Callable[["Emitter", onnx_ir.Node], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupWeight:
+    """A weight in packed form, as `mc_opt.Lookup` holds it; see the op for the meaning of the fields.
+
+    Attributes:
+        codes: packed codes, uint8 [bytes], of the canonical matrix [R, K] in row-major order.
+        codebook: [n], or [R|1, G|1, n].
+        scale: [1, 1], [R, 1] or [R, G]; None stands for 1.
+        offset: shaped like a scale; None stands for 0.
+        shape: the shape of the decoded weight.
+        axes: its row axes.
+        group_size: columns that share a scale; 0 for a whole row.
+        bits: the width of a code.
+    """
+
+    codes: np.ndarray
+    codebook: np.ndarray
+    scale: np.ndarray | None
+    offset: np.ndarray | None
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    group_size: int
+    bits: int
+
+
+@dataclasses.dataclass
+class _Held:
+    """What is known of one value; at least one of `array`, `plain`, `nhwc` and `make` is there."""
+
+    shape: tuple[int, ...]
+    array: np.ndarray | None = None
+    plain: relax.Expr | None = None
+    nhwc: relax.Expr | None = None
+    make: Callable[[], relax.Expr] | None = None
+
+
+def to_nhwc(rank: int) -> tuple[int, ...]:
+    """The permutation from ONNX's own layout to channels last: (0, 2, .., rank-1, 1)."""
+    return (0, *range(2, rank), 1)
+
+
+def to_plain(rank: int) -> tuple[int, ...]:
+    """The permutation from channels last back to ONNX's own layout: (0, rank-1, 1, .., rank-2)."""
+    return (0, rank - 1, *range(1, rank - 1))
+
+
+def transposed(x: te.Tensor, perm: Sequence[int]) -> te.Tensor:
+    """x transposed by `perm`, as numpy does it."""
+    inverse = [perm.index(axis) for axis in range(len(perm))]
+    return te.compute([x.shape[axis] for axis in perm], lambda *i: x(*[i[k] for k in inverse]), name="transpose")
+
+
+class Emitter:
+    """Builds the Relax function of one model, node by node."""
+
+    def __init__(self, model: onnx_ir.Model, machine: Machine) -> None:
+        self.bb = relax.BlockBuilder()
+        self.machine = machine
+        self.model = model
+        self.kernels: list[str] = []
+        self.fallbacks: list[str] = []
+        self._held: dict[onnx_ir.Value, _Held] = {}
+        self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
+
+    # what a handler asks
+
+    def constant(self, value: onnx_ir.Value | None) -> np.ndarray | None:
+        """The value's data if it is known while building: an initialiser, a folded node, a static shape."""
+        held = self._find(value)
+        return None if held is None else held.array
+
+    def shape(self, value: onnx_ir.Value) -> tuple[int, ...]:
+        """The value's shape in ONNX's own layout."""
+        return self._get(value).shape
+
+    def dtype(self, value: onnx_ir.Value) -> str:
+        """The value's element type, in numpy's words."""
+        held = self._get(value)
+        if held.array is not None:
+            return str(held.array.dtype)
+        expr = held.nhwc if held.nhwc is not None else held.plain
+        if expr is not None:
+            return str(expr.ty.dtype)
+        if value.dtype is None:
+            raise IRError(f"{value.name}: the value has no type; run shape inference first")
+        return str(np.dtype(value.dtype.numpy()))
+
+    def layout(self, value: onnx_ir.Value) -> Layout:
+        """How the value is held now; a constant counts as plain."""
+        held = self._get(value)
+        return "nhwc" if held.nhwc is not None and held.plain is None and held.array is None else "plain"
+
+    def plain(self, value: onnx_ir.Value) -> relax.Expr:
+        """The value in ONNX's own layout; emits a constant, a decode or a transpose when none was made yet."""
+        held = self._get(value)
+        if held.plain is None:
+            held.plain = self._make_plain(held)
+        return held.plain
+
+    def nhwc(self, value: onnx_ir.Value) -> relax.Expr:
+        """The value channels last ([N, H, W, C], [N, L, C]); emits a transpose when it is not held so."""
+        held = self._get(value)
+        if held.nhwc is not None:
+            return held.nhwc
+        perm = to_nhwc(len(held.shape))
+        if held.array is not None:
+            held.nhwc = self.weight(np.ascontiguousarray(held.array.transpose(perm)))
+        else:
+            held.nhwc = self._transpose(self.plain(value), perm)
+        return held.nhwc
+
+    def lookup(self, value: onnx_ir.Value | None) -> LookupWeight | None:
+        """The packed weight behind a value that `mc_opt.Lookup` makes from constants; None for any other value."""
+        node = None if value is None else value.producer()
+        if node is None or node.domain != "mc_opt" or node.op_type != "Lookup":
+            return None
+        arrays = [None if v is None else self._small(v) for v in node.inputs]
+        if any(a is None and v is not None for a, v in zip(arrays, node.inputs, strict=True)):
+            return None
+        codes, codebook, scale, offset = (*arrays, None, None)[:4]
+        assert codes is not None and codebook is not None  # the op requires them
+        return LookupWeight(
+            codes=codes,
+            codebook=codebook,
+            scale=scale,
+            offset=offset,
+            shape=tuple(self.attribute(node, "shape", ())),
+            axes=tuple(self.attribute(node, "axes", ())),
+            group_size=int(self.attribute(node, "group_size", 0)),
+            bits=int(self.attribute(node, "bits", 0)),
+        )
+
+    def attribute(self, node: onnx_ir.Node, name: str, default: Any) -> Any:
+        """The value of a node's attribute (str, int, float, tuple or numpy array), or the default."""
+        attribute = node.attributes.get(name)
+        if attribute is None:
+            return default
+        match attribute.type:
+            case onnx_ir.AttributeType.TENSOR:
+                return attribute.as_tensor().numpy()
+            case onnx_ir.AttributeType.INTS:
+                return tuple(attribute.as_ints())
+            case onnx_ir.AttributeType.FLOATS:
+                return tuple(attribute.as_floats())
+            case onnx_ir.AttributeType.STRINGS:
+                return tuple(attribute.as_strings())
+            case _:
+                return attribute.value
+
+    # what a handler makes
+
+    def te(self, fn: Callable[..., Any], *args: relax.Expr, name: str) -> relax.Var:
+        """Emit the kernel that the tensor expression `fn(*args)` describes."""
+        return self.bb.emit_te(fn, *args, primfunc_name_hint=name)
+
+    def tuple_te(self, fn: Callable[..., Sequence[te.Tensor]], *args: relax.Expr, name: str) -> list[relax.Var]:
+        """Emit one kernel with several outputs."""
+        result = self.bb.emit_te(fn, *args, primfunc_name_hint=name)
+        return [self.bb.emit(relax.TupleGetItem(result, k)) for k in range(len(result.ty.fields))]
+
+    def call(
+        self,
+        prim_func: Any,
+        args: Sequence[relax.Expr],
+        outputs: Sequence[tuple[Sequence[int], str]],
+        *,
+        name: str,
+    ) -> list[relax.Var]:
+        """Emit a call of a ready PrimFunc (inputs first, then outputs); returns one variable an output."""
+        function = self.bb.add_func(prim_func, name)
+        types = [relax.TensorType([int(s) for s in shape], dtype) for shape, dtype in outputs]
+        if len(types) == 1:
+            return [self.bb.emit(relax.call_tir(function, list(args), types[0]))]
+        result = self.bb.emit(relax.call_tir(function, list(args), types))
+        return [self.bb.emit(relax.TupleGetItem(result, k)) for k in range(len(types))]
+
+    def weight(self, array: np.ndarray) -> relax.Expr:
+        """A constant of the artefact; the same array object becomes one constant."""
+        known = self._weights.get(id(array))
+        if known is None:  # the array is kept too, so that its id stays its own
+            known = self._weights[id(array)] = (array, relax.const(np.ascontiguousarray(array)))
+        return known[1]
+
+    def set(self, value: onnx_ir.Value, expr: relax.Expr, layout: Layout = "plain") -> None:
+        """State what computes a value, and in which layout."""
+        shape = tuple(int(s) for s in expr.ty.shape)
+        if layout == "plain":
+            self._held[value] = _Held(shape, plain=expr)
+        else:
+            self._held[value] = _Held(tuple(shape[k] for k in to_plain(len(shape))), nhwc=expr)
+
+    def set_constant(self, value: onnx_ir.Value, array: np.ndarray) -> None:
+        """State that a value is known while building."""
+        self._held[value] = _Held(tuple(array.shape), array=array)
+
+    def set_lazy(self, value: onnx_ir.Value, shape: Sequence[int], make: Callable[[], relax.Expr]) -> None:
+        """State how to compute a value, plain, once somebody asks for it; a decode that no one reads is not made."""
+        self._held[value] = _Held(tuple(shape), make=make)
+
+    def note_kernel(self, text: str) -> None:
+        """Record for the report that a special kernel took a node."""
+        self.kernels.append(text)
+
+    def note_fallback(self, text: str) -> None:
+        """Record for the report that a node runs in a general, slower form, and why."""
+        self.fallbacks.append(text)
+
+    # inside
+
+    def _find(self, value: onnx_ir.Value | None) -> _Held | None:
+        if value is None:
+            return None
+        held = self._held.get(value)
+        if held is None and value.const_value is not None and value.producer() is None:
+            array = value.const_value.numpy()
+            held = self._held[value] = _Held(tuple(array.shape), array=array)
+        return held
+
+    def _get(self, value: onnx_ir.Value) -> _Held:
+        held = self._find(value)
+        if held is None:
+            raise IRError(f"{value.name}: nothing computes this value before it is used")
+        return held
+
+    def _make_plain(self, held: _Held) -> relax.Expr:
+        if held.array is not None:
+            return self.weight(held.array)
+        if held.make is not None:
+            return held.make()
+        assert held.nhwc is not None
+        return self._transpose(held.nhwc, to_plain(len(held.shape)))
+
+    def _transpose(self, expr: relax.Expr, perm: Sequence[int]) -> relax.Expr:
+        shape = [int(s) for s in expr.ty.shape]
+        moved = [axis for axis in perm if shape[axis] != 1]
+        if moved == sorted(moved):  # only axes of length 1 move: the bytes stay where they are
+            return self.reshape(expr, [shape[axis] for axis in perm])
+        return self.te(functools.partial(transposed, perm=perm), expr, name="transpose")
+
+    def reshape(self, expr: relax.Expr, shape: Sequence[int]) -> relax.Expr:
+        """The same elements under another shape."""
+        old = [int(s) for s in expr.ty.shape]
+        if old == list(shape):
+            return expr
+        assert math.prod(old) == math.prod(shape), (old, shape)
+        return self.te(functools.partial(reshaped, shape=shape), expr, name="reshape")
+
+    def _small(self, value: onnx_ir.Value) -> np.ndarray | None:
+        """A constant, or what the dialect's ops make of constants (the scales of a second-level Lookup)."""
+        array = self.constant(value)
+        node = value.producer()
+        if array is not None or node is None or node.domain != "mc_opt":
+            return array
+        inputs = [None if v is None else self._small(v) for v in node.inputs]
+        if any(a is None and v is not None for a, v in zip(inputs, node.inputs, strict=True)):
+            return None
+        array = folding.evaluate(node, inputs, self.model)[0]
+        self._decoded(value, array)
+        return array
+
+    def _decoded(self, value: onnx_ir.Value, array: np.ndarray) -> None:
+        held = self._held.get(value)
+        if held is None:
+            self.set_constant(value, array)
+        else:
+            held.array = array
+
+
+def reshaped(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
+    """x [..] under another shape, in row-major order."""
+    old = [int(s) for s in x.shape]
+    if math.prod(old) == 0 or not old:
+        return te.compute(tuple(shape), lambda *_: x(*[0] * len(old)), name="reshape")
+
+    def element(*i: Any) -> Any:
+        flat: Any = 0
+        for k, extent in zip(i, shape, strict=True):
+            flat = flat * extent + k
+        index = []
+        for extent in reversed(old):
+            index.append(flat % extent if len(index) < len(old) - 1 else flat)
+            flat = flat // extent
+        return x(*reversed(index))
+
+    return te.compute(tuple(shape), element, name="reshape")
+
+
+def emit_value_types(model: onnx_ir.Model) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    """Name to (shape, dtype) of the model's inputs."""
+    result = {}
+    for value in model.graph.inputs:
+        assert value.shape is not None and value.dtype is not None and value.name is not None
+        result[value.name] = (tuple(int(d) for d in value.shape), str(np.dtype(value.dtype.numpy())))
+    return result

@@ -1,0 +1,186 @@
+"""A whole model to one Relax function: folding, handlers, and the refusals that name a node."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir
+import tvm
+from onnx_ir.passes.common import InlinePass
+from tvm import relax, te
+
+from mc_opt.ir import shape_advice
+from mc_opt.targets import _relax
+from mc_opt.targets._base import TargetError
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import folding
+from mc_opt.targets._relax.emitter import Emitter, Handler
+
+_TYPES = {
+    "float32",
+    "float64",
+    "float16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+}
+# A folded result above this many bytes is computed at run time instead: it would only swell the artefact.
+_FOLD_LIMIT = 64 << 20
+_RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """The Relax module of a model and what was noted on the way."""
+
+    module: tvm.IRModule
+    kernels: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+
+
+def check(model: onnx_ir.Model, target: str) -> None:
+    """Refuse what no kernel can take: symbolic shapes, control flow, unknown ops and types.
+
+    Raises:
+        TargetError: naming the input or node, and what to do.
+    """
+    _check_inputs(model, target)
+    table = _relax.handlers()
+    for node in model.graph:
+        if (node.domain, node.op_type) not in table and node.op_identifier() not in model.functions:
+            raise TargetError(_refusal(node, target))
+
+
+def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, str], None]) -> Lowered:
+    """Emit the Relax function `main` of a model whose inputs have static shapes.
+
+    The function takes the model's inputs in order and returns a tuple of its outputs in order.
+    """
+    table = _relax.handlers()
+    fallbacks = _inline_functions(model, table)
+    emitter = Emitter(model, machine)
+    emitter.fallbacks.extend(fallbacks)
+    inputs = []
+    for value in model.graph.inputs:
+        assert value.shape is not None and value.dtype is not None
+        dtype = str(np.dtype(value.dtype.numpy()))
+        inputs.append(relax.Var(f"in_{len(inputs)}", relax.TensorType([int(d) for d in value.shape], dtype)))
+        emitter.set(value, inputs[-1])
+    nodes = list(model.graph)
+    with emitter.bb.function("main", inputs):
+        with emitter.bb.dataflow():
+            for k, node in enumerate(nodes):
+                progress(k, len(nodes), node.op_type)
+                _emit(emitter, node, table)
+            result = emitter.bb.emit_output(relax.Tuple(_outputs(emitter)))
+        emitter.bb.emit_func_output(result)
+    return Lowered(emitter.bb.get(), tuple(emitter.kernels), tuple(emitter.fallbacks))
+
+
+def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Handler]) -> None:
+    if _fold(emitter, node):
+        return
+    handler = table.get((node.domain, node.op_type))
+    if handler is None:
+        raise TargetError(_refusal(node, "x86"))
+    try:
+        handler(emitter, node)
+    except (TargetError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise TargetError(f"{_where(node)}: cannot be lowered: {first}; {_describe(emitter, node)}") from error
+
+
+def _fold(emitter: Emitter, node: onnx_ir.Node) -> bool:
+    if node.domain not in ("", "ai.onnx") or node.op_type in _RANDOM or not node.outputs:
+        return False
+    arrays = [emitter.constant(v) for v in node.inputs]
+    if any(a is None and v is not None for a, v in zip(arrays, node.inputs, strict=True)):
+        return False
+    if any(attribute.type == onnx_ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        return False
+    for value, array in zip(node.outputs, folding.evaluate(node, arrays, emitter.model), strict=True):
+        emitter.set_constant(value, array)
+    return True
+
+
+def _outputs(emitter: Emitter) -> list[relax.Expr]:
+    """The outputs, plain; each is a kernel's own result, so that both printers own its buffer."""
+    made: list[relax.Expr] = []
+    used: set[onnx_ir.Value] = set()
+    inputs = set(emitter.model.graph.inputs)
+    for value in emitter.model.graph.outputs:
+        if value not in emitter.model.graph.inputs and value.shape is None:
+            pass
+        expr = emitter.plain(value)
+        if value in inputs or value in used or emitter.constant(value) is not None or expr in made:
+            expr = emitter.te(_copy, expr, name="copy")
+        used.add(value)
+        made.append(expr)
+    return made
+
+
+def _copy(x: te.Tensor) -> te.Tensor:
+    return te.compute(x.shape, lambda *i: x(*i), name="copy")
+
+
+def _inline_functions(model: onnx_ir.Model, table: dict[tuple[str, str], Handler]) -> list[str]:
+    """Replace calls of functions that have no kernel by their bodies; says which."""
+    called = {node.op_identifier(): node for node in model.graph if node.op_identifier() in model.functions}
+    without = {key for key in called if (key[0], key[1]) not in table}
+    if not without:
+        return []
+    notes = [
+        f"{node.domain}.{node.op_type} {node.name}: runs as its body of standard ops; no kernel takes it"
+        for node in model.graph
+        if node.op_identifier() in without
+    ]
+    InlinePass(lambda function: function.identifier() in without)(model)
+    return notes
+
+
+def _check_inputs(model: onnx_ir.Model, target: str) -> None:
+    for value in model.graph.inputs:
+        if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+            shape = "unknown" if value.shape is None else "x".join(str(d) for d in value.shape)
+            raise TargetError(
+                f"{target}: input {value.name!r} has the symbolic shape {shape}; kernels are built for one shape;"
+                f" add {shape_advice(model)}"
+            )
+        if value.dtype is None or str(np.dtype(value.dtype.numpy())) not in _TYPES:
+            raise TargetError(
+                f"{target}: input {value.name!r} is {value.dtype}; expected one of {', '.join(sorted(_TYPES))}"
+            )
+
+
+def _refusal(node: onnx_ir.Node, target: str) -> str:
+    match node.op_type:
+        case "If":
+            advice = "fix the input that decides it: --passes 'specialize{input=value},fold-constants'"
+        case "Loop" | "Scan":
+            advice = "unroll it before export, or build --target onnx"
+        case _:
+            advice = "build --target onnx, which keeps every op"
+    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    return f"{_where(node)}: {target} has no kernel for {name}; {advice}"
+
+
+def _where(node: onnx_ir.Node) -> str:
+    return f"{node.op_type} {node.name or (node.outputs[0].name if node.outputs else '')!r}"
+
+
+def _describe(emitter: Emitter, node: onnx_ir.Node) -> str:
+    words = []
+    for value in node.inputs:
+        held = None if value is None else emitter._find(value)
+        words.append("none" if held is None else f"{'x'.join(map(str, held.shape)) or 'scalar'}")
+    return f"its inputs are {', '.join(words)}; build --target onnx, or change the node"
