@@ -1,1 +1,118 @@
-"""TBD"""
+"""What a model is: the graph and its dialect, models in and out, and two ways to run one (lazy: PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError
+    from mc_opt.ir.io.atomic import staged_folder, write_bytes, write_text
+    from mc_opt.ir.io.capture import capture
+    from mc_opt.ir.io.data import Data, Sample, load_data, seeded_data
+    from mc_opt.ir.io.load import load_model
+    from mc_opt.ir.io.save import SavedModel, save_model
+    from mc_opt.ir.io.shapes import fix_shapes, parse_shape, shape_advice
+    from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
+    from mc_opt.ir.ops._packing import Geometry, canonical, pack_codes, restore, unpack_codes
+    from mc_opt.ir.ops.fake_lookup import nearest_codes
+    from mc_opt.ir.ops.lookup import decode
+    from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
+    from mc_opt.ir.patterns import Rule, apply_rules
+    from mc_opt.ir.rewrite import (
+        Skip,
+        WeightSite,
+        free_name,
+        initializer,
+        matches,
+        provenance,
+        replace_weight,
+        weight_sites,
+    )
+    from mc_opt.ir.run.interp import interpret
+    from mc_opt.ir.run.ort import Drift, Session, compare, run_data
+    from mc_opt.ir.text import digest, nodes_text, to_text, type_text
+    from mc_opt.ir.verifier import verify
+    from mc_opt.ir.views import cycles, downstream, find_cycle, graph_of, longest_path, path_between, upstream
+
+# A module must not carry the name of something exported here: importing it would put the module in the
+# export's place (hence verifier.verify).
+_EXPORTS = {
+    "DataError": "errors",
+    "IRError": "errors",
+    "LimitError": "errors",
+    "OptionError": "errors",
+    "staged_folder": "io.atomic",
+    "write_bytes": "io.atomic",
+    "write_text": "io.atomic",
+    "capture": "io.capture",
+    "Data": "io.data",
+    "Sample": "io.data",
+    "load_data": "io.data",
+    "seeded_data": "io.data",
+    "load_model": "io.load",
+    "SavedModel": "io.save",
+    "save_model": "io.save",
+    "fix_shapes": "io.shapes",
+    "parse_shape": "io.shapes",
+    "shape_advice": "io.shapes",
+    "Example": "op",
+    "Op": "op",
+    "Work": "op",
+    "add_functions": "op",
+    "find_op": "op",
+    "node": "op",
+    "op_names": "op",
+    "Geometry": "ops._packing",
+    "canonical": "ops._packing",
+    "pack_codes": "ops._packing",
+    "restore": "ops._packing",
+    "unpack_codes": "ops._packing",
+    "nearest_codes": "ops.fake_lookup",
+    "decode": "ops.lookup",
+    "Spec": "options",
+    "fields_of": "options",
+    "make": "options",
+    "parse_specs": "options",
+    "to_spec": "options",
+    "unknown": "options",
+    "Rule": "patterns",
+    "apply_rules": "patterns",
+    "Skip": "rewrite",
+    "WeightSite": "rewrite",
+    "free_name": "rewrite",
+    "initializer": "rewrite",
+    "matches": "rewrite",
+    "provenance": "rewrite",
+    "replace_weight": "rewrite",
+    "weight_sites": "rewrite",
+    "interpret": "run.interp",
+    "Drift": "run.ort",
+    "Session": "run.ort",
+    "compare": "run.ort",
+    "run_data": "run.ort",
+    "digest": "text",
+    "nodes_text": "text",
+    "to_text": "text",
+    "type_text": "text",
+    "verify": "verifier",
+    "cycles": "views",
+    "downstream": "views",
+    "find_cycle": "views",
+    "graph_of": "views",
+    "longest_path": "views",
+    "path_between": "views",
+    "upstream": "views",
+}
+
+__all__ = [*_EXPORTS]  # noqa: PLE0604 (names, from the table)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_EXPORTS)

@@ -1,1 +1,1 @@
-"""TBD"""
+"""The mc_opt dialect: one op a file; `op.find_op` finds them by class name."""
