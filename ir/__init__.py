@@ -19,18 +19,10 @@ if TYPE_CHECKING:
     from mc_opt.ir.ops.lookup import decode
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
-    from mc_opt.ir.rewrite import (
-        Skip,
-        WeightSite,
-        free_name,
-        initializer,
-        matches,
-        provenance,
-        replace_weight,
-        weight_sites,
-    )
+    from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_weight
     from mc_opt.ir.run.interp import interpret
     from mc_opt.ir.run.ort import Drift, Session, compare, run_data
+    from mc_opt.ir.sites import Skip, WeightSite, layer_of, matches, weight_sites
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
     from mc_opt.ir.views import cycles, downstream, find_cycle, graph_of, longest_path, path_between, upstream
@@ -78,14 +70,15 @@ _EXPORTS = {
     "unknown": "options",
     "Rule": "patterns",
     "apply_rules": "patterns",
-    "Skip": "rewrite",
-    "WeightSite": "rewrite",
+    "Skip": "sites",
+    "WeightSite": "sites",
     "free_name": "rewrite",
     "initializer": "rewrite",
-    "matches": "rewrite",
+    "layer_of": "sites",
+    "matches": "sites",
     "provenance": "rewrite",
     "replace_weight": "rewrite",
-    "weight_sites": "rewrite",
+    "weight_sites": "sites",
     "interpret": "run.interp",
     "Drift": "run.ort",
     "Session": "run.ort",
