@@ -41,7 +41,9 @@ def ort_runner(path: Path, *, optimise: bool = True) -> Runner:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs = {i.name for i in session.get_inputs()}
     outputs = [o.name for o in session.get_outputs()]
-    return lambda feed: dict(zip(outputs, session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True))
+    return lambda feed: dict(
+        zip(outputs, session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True)
+    )
 
 
 def artefact_runner(folder: Path) -> Runner:
@@ -65,7 +67,7 @@ def outputs_of(model: PublicModel, root: Path, run: Runner) -> dict[str, np.ndar
 
 
 def largest_difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """max |a - b| per output, in double precision; NaN counts as infinite."""
+    """Max |a - b| per output, in double precision; NaN counts as infinite."""
     return {k: float(np.nan_to_num(np.abs(a[k].astype(np.float64) - b[k]), nan=np.inf).max()) for k in a}
 
 
