@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 4096, 10880  # 4096 x 10880 floats = 178 MB, below the 180 MB of
 
 
 def generate(folder: Path, total: int) -> Path:
-    """Write `big.onnx` and `big.data`: MatMul layers [4096, 10880] and back, seeded, until `total` bytes are reached."""
+    """Write `big.onnx` and `big.data`: seeded MatMul layers [4096, 10880] and back, `total` bytes or a little more."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     layer_bytes = WIDTH * HEIGHT * 4

@@ -1,4 +1,4 @@
-"""Every public model through `mc-opt`, as a user runs it: outputs before, after and in the artefact, beside their bounds.
+"""Every public model through `mc-opt`, as a user runs it: outputs before, after and in the artefact, and the bounds.
 
     python -m benchmarks.public_models                              exact passes, ONNX only
     python -m benchmarks.public_models --passes fold-batch-norm,denseshift --target x86

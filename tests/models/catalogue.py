@@ -1,4 +1,4 @@
-"""The public models that tests and benchmarks run on, each with real inputs: photos, rendered text, sentences, speech."""
+"""The public models that tests and benchmarks run on, each with real inputs (text, photos, sentences, speech)."""
 
 from __future__ import annotations
 
