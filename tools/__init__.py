@@ -1,1 +1,1 @@
-"""TBD"""
+"""What people touch: the command line, and the functions of the public API."""

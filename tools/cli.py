@@ -1,0 +1,112 @@
+"""The command line `mc-opt`: finds the verb, runs it, and turns every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from mc_opt.tools import _failure
+
+DEFAULT = "compile"
+"""The verb that runs when none is named: `mc-opt model.onnx --passes ...`."""
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def verb_names() -> tuple[str, ...]:
+    """The verbs: the files of `tools/verbs`."""
+    package = importlib.import_module("mc_opt.tools.verbs")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
+
+
+class Verbs(click.Group):
+    """A click group that imports a verb's file when the verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs that help lists; the default one has its options there instead."""
+        return [name for name in verb_names() if name != DEFAULT]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a verb; None when there is no such verb."""
+        if cmd_name not in verb_names():
+            return None
+        command: click.Command = importlib.import_module(f"mc_opt.tools.verbs.{cmd_name}").command
+        return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default verb in front of arguments that name none."""
+        if not args:
+            args = ["--help"]
+        if args[0] not in (*verb_names(), *SETTINGS["help_option_names"], "--version"):  # type: ignore[misc]
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Both forms: compile a model, or a verb."""
+        formatter.write_usage("mc-opt", "MODEL --passes PASSES [OPTIONS] -o DIR")
+        formatter.write_usage("mc-opt", "VERB [OPTIONS]", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options of the default verb, then the other verbs."""
+        default = self.get_command(ctx, DEFAULT)
+        assert default is not None
+        options = [p for p in (*default.params, *self.get_params(ctx)) if isinstance(p, click.Option)]
+        rows = [row for option in options if (row := option.get_help_record(ctx))]
+        with formatter.section("Options"):
+            formatter.write_dl(list(dict(rows).items()))
+        verbs = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, verb.get_short_help_str(limit=200)) for name, verb in verbs if verb is not None])
+
+
+def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        import mc_opt
+
+        click.echo(f"mc-opt {mc_opt.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=Verbs, context_settings=SETTINGS, add_help_option=True)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+)
+def cli() -> None:
+    """Compress a model: passes rewrite it, the result is an ONNX file and, for each target, an artefact.
+
+    A file that is called like a verb is given as ./NAME.
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code; errors are printed on stderr."""
+    try:
+        result: Any = cli.main(args=list(arguments), prog_name="mc-opt", standalone_mode=False)
+    except KeyboardInterrupt:
+        click.echo("mc-opt: interrupted", err=True)
+        return _failure.INTERRUPTED
+    except Exception as error:
+        if isinstance(error, click.Abort):
+            return _failure.INTERRUPTED
+        failure = _failure.describe(error, traceback="--traceback" in arguments)
+        click.echo(failure.text, err=True)
+        return failure.code
+    return result if isinstance(result, int) else 0
+
+
+def main() -> NoReturn:
+    """The entry point of the installed command `mc-opt`."""
+    # A reader that closes the pipe (`mc-opt passes | head`) is no error of ours.
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

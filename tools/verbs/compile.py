@@ -1,0 +1,92 @@
+"""The default verb, `mc-opt MODEL --passes ...`: compress a model, write the result and build artefacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mc_opt.tools import _console, _failure, _request
+
+if TYPE_CHECKING:
+    from mc_opt.passes import PassReport
+    from mc_opt.tools.driver import Outcome
+
+
+@click.command(epilog=_failure.EXIT_CODES)
+@click.argument("words", metavar="MODEL", nargs=-1)
+@_request.pass_options
+@click.option("--target", metavar="LIST", help="Where it will run, as in 'onnx,x86{cpu=x86-64-v3}'; default onnx.")
+@click.option("-o", "--output", "out", metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
+@_request.model_options
+@_request.torch_option
+@click.option("--check", metavar="full|structure", help="How much is checked; default full.")
+@click.option("--dry-run", is_flag=True, help="Say which layers would change and their bytes; write nothing.")
+@click.option("--dump", is_flag=True, help="Write the model as text after every pass to DIR/ir.")
+@click.option("--stop-after", metavar="PASS", help="End after this pass.")
+@click.option("--memory-limit", metavar="SIZE", help="Skip checks that need more, as in 4GiB.")
+@_console.common_options
+def command(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Compress MODEL by passes, write it to DIR and build artefacts for targets."""
+    request = _request.compile_request(words, options)
+    from mc_opt.tools import driver
+
+    with _console.Progress() as progress:
+        outcome = driver.compile_model(request, progress)
+    if as_json:
+        folder = str(outcome.out) if outcome.out else None
+        _console.print_json({"out": folder, "report": outcome.report.to_json(), "timings": outcome.timings})
+    else:
+        _print(outcome, dry_run=request.dry_run)
+    for warning in outcome.report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _print(outcome: Outcome, *, dry_run: bool) -> None:
+    report = outcome.report
+    seconds = {row["name"]: row["seconds"] for row in outcome.timings["passes"]}
+    rows = [
+        (p.name, p.rewrites, _bytes(p, "before"), _bytes(p, "after"), *_drift(p), seconds.get(p.name))
+        for p in report.passes
+    ]
+    columns = ("pass", "rewrites", "bytes before", "bytes after", "SQNR dB", "max/spread", "top-1", "seconds")
+    _console.print_table(columns, rows)
+    if dry_run:
+        layers = [(y.layer, y.rewritten_by, y.elements, y.bytes_before, y.bytes_after, y.bits) for y in report.layers]
+        headings = ("layer", "pass", "elements", "bytes before", "bytes after", "bits each")
+        _console.print_table(headings, layers, title="Layers that would change")
+        skips = [(p.name, layer, reason) for p in report.passes for layer, reason in p.skips.items()]
+        _console.print_table(("pass", "layer", "left alone because"), skips, title="Layers left alone")
+    before, after = (_console.size_text(size.weight_bytes) for size in (report.before, report.after))
+    click.echo(f"\nweights {before} -> {after}, nodes {report.before.nodes} -> {report.after.nodes}")
+    for target in report.targets:
+        click.echo(f"{target.name}: {target.resolved}")
+        for line in target.fallbacks:
+            click.echo(f"  general form: {line}")
+    for unchecked in report.unchecked:
+        click.echo(f"not checked: {unchecked.check}: {unchecked.reason}")
+    if outcome.out is not None:
+        for file in report.outputs:
+            click.echo(f"{outcome.out / file.path}  {_console.size_text(file.bytes)}")
+
+
+def _bytes(report: PassReport, when: str) -> str:
+    return _console.size_text(report.columns.get(f"weight_bytes_{when}", 0))
+
+
+def _drift(report: PassReport) -> tuple[float | str | None, float | None, float | None]:
+    """The worst output against the original: SQNR in dB, largest difference over spread, top-1 agreement."""
+    outputs = report.drift.get("reference", {}).get("outputs", ())
+    if not outputs:
+        return (None, None, None)
+    if all(o["max_abs"] == 0 for o in outputs):
+        return ("equal", 0.0, 1.0)
+    decibels = [o["sqnr_db"] for o in outputs if o["sqnr_db"] is not None]
+    shares = [o["relative"] for o in outputs if o["relative"] is not None]
+    agreement = [o["top1"] for o in outputs if o["top1"] is not None]
+    return (
+        round(min(decibels), 1) if decibels else None,
+        max(shares, default=None),
+        min(agreement, default=None),
+    )

@@ -1,0 +1,27 @@
+"""`mc-opt passes`: the passes, their options and what they do, from their own fields and docstrings."""
+
+from __future__ import annotations
+
+import click
+
+from mc_opt.tools import _console
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@_console.common_options
+def command(names: tuple[str, ...], as_json: bool) -> None:
+    """List the passes, or describe those named."""
+    from mc_opt import passes
+    from mc_opt.tools import _describe
+
+    entries = [_describe.entry(name, passes.find_pass(name)) for name in names or passes.pass_names()]
+    if as_json:
+        _console.print_json(entries)
+    elif names:
+        for entry in entries:
+            _describe.print_entry(entry)
+    else:
+        rows = [(e["name"], e["family"], "yes" if e["exact"] else "no", e["summary"]) for e in entries]
+        _console.print_table(("pass", "family", "exact", "what it does"), sorted(rows, key=lambda r: (r[1], r[0])))
+        click.echo("\nOptions of one: mc-opt passes NAME. In a list: --passes 'a,b{option=value other=value}'")

@@ -1,0 +1,147 @@
+"""`mc-opt run`: run an artefact or an ONNX model on data and keep the outputs."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mc_opt.tools import _console, _texts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@click.command()
+@click.argument("model", metavar="DIR|MODEL", type=click.Path(path_type=Path))
+@click.option(
+    "--data", "data_path", type=click.Path(path_type=Path), help="An .npz file or a folder of them: one array an input."
+)
+@click.option(
+    "--target", default=None, help="Which artefact of DIR to run, or `onnx`; default: what this machine runs."
+)
+@click.option(
+    "--state", "states", multiple=True, metavar="OUT=IN", help="Carry output OUT into input IN of the next sample."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of random inputs, when there is no --data.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz, first axis = samples."
+)
+@_console.common_options
+def command(
+    model: Path,
+    data_path: Path | None,
+    target: str | None,
+    states: tuple[str, ...],
+    seed: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the artefact in DIR, or an ONNX model in ONNX Runtime; running an artefact executes native code."""
+    import numpy as np
+
+    from mc_opt import ir
+
+    carried = _texts.pairs(states, "--state")
+    onnx_file = model / "model.onnx" if model.is_dir() else model
+    source = ir.load_model(onnx_file, check="structure")
+    if data_path is None:
+        data = ir.seeded_data(source, 1, seed)
+        click.echo("mc-opt: no --data: one seeded random sample; its numbers mean little", err=True)
+    else:
+        data = ir.load_data(data_path, source, states=carried)
+    name, run = _runner(model, onnx_file, target)
+    columns: dict[str, list[Any]] = {}
+    labels: list[Any] = []
+    state: dict[str, np.ndarray] = {}
+    started = time.perf_counter()
+    for sample in data:
+        outputs = run({**sample.inputs, **state})
+        state = {into: outputs[out] for out, into in carried.items()}
+        for key, value in outputs.items():
+            columns.setdefault(key, []).append(np.asarray(value))
+        labels.append(sample.label)
+    seconds = time.perf_counter() - started
+    if output is not None:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {key: _joined(values) for key, values in columns.items()}
+        np.savez(buffer, **arrays)  # noqa: TID251 - into memory; the file is written atomically below
+        ir.write_bytes(output, buffer.getvalue())
+    count = len(labels)
+    summary: dict[str, Any] = {
+        "run_by": name,
+        "samples": count,
+        "ms_per_sample": 1000 * seconds / max(count, 1),
+        "outputs": [_summary(key, values) for key, values in columns.items()],
+        "accuracy": _accuracy(columns, labels),
+    }
+    if as_json:
+        _console.print_json(summary)
+        return
+    click.echo(f"{name}: {count} sample{'' if count == 1 else 's'}, {summary['ms_per_sample']:.3g} ms each")
+    rows = [(o["name"], o["shape"], o["min"], o["max"], o["mean"], o["nonfinite"]) for o in summary["outputs"]]
+    _console.print_table(("output", "shape", "min", "max", "mean", "NaN or infinite"), rows)
+    if summary["accuracy"] is not None:
+        click.echo(f"largest output equals the label: {summary['accuracy']:.2%}")
+
+
+def _runner(model: Path, onnx_file: Path, target: str | None) -> tuple[str, Any]:
+    """What runs a sample, and its name: the artefact of a folder, or ONNX Runtime."""
+    from mc_opt import ir, targets
+
+    artefacts = sorted(p.parent.name for p in model.glob("*/manifest.json")) if model.is_dir() else []
+    if target == "onnx" or (target is None and not artefacts):
+        return "ONNX Runtime", ir.Session(onnx_file).run
+    if target is not None and target not in artefacts:
+        raise ir.OptionError(f"{model}: {ir.unknown('artefact', target, [*artefacts, 'onnx'])}")
+    artefact = targets.load_artefact(model, target)
+    return f"artefact {target or 'of ' + str(model)}", artefact.run
+
+
+def _joined(values: list[Any]) -> Any:
+    """Samples along a new first axis, or along a first axis of 1, as --data takes them."""
+    import numpy as np
+
+    if values[0].ndim and all(v.shape[0] == 1 for v in values):
+        return np.concatenate(values)
+    if len({v.shape for v in values}) > 1:
+        from mc_opt import ir
+
+        raise ir.DataError("the outputs of the samples differ in shape and fit in no array; run them one at a time")
+    return np.stack(values)
+
+
+def _summary(name: str, values: list[Any]) -> dict[str, Any]:
+    import numpy as np
+
+    row: dict[str, Any] = {
+        "name": name,
+        "shape": "x".join(map(str, values[0].shape)) or "scalar",
+        "type": str(values[0].dtype),
+    }
+    numbers = np.concatenate([v.reshape(-1) for v in values])
+    if numbers.dtype.kind not in "fiub" or not numbers.size:
+        return row | {"min": None, "max": None, "mean": None, "nonfinite": 0}
+    finite = numbers[np.isfinite(numbers)].astype(np.float64)
+    bad = int(numbers.size - finite.size)
+    if not finite.size:
+        return row | {"min": None, "max": None, "mean": None, "nonfinite": bad}
+    return row | {
+        "min": float(finite.min()),
+        "max": float(finite.max()),
+        "mean": float(finite.mean()),
+        "nonfinite": bad,
+    }
+
+
+def _accuracy(columns: dict[str, list[Any]], labels: list[Any]) -> float | None:
+    """How often the largest entry of the first output is the label, when there are labels and it looks like classes."""
+    if not columns or any(label is None for label in labels):
+        return None
+    first = next(iter(columns.values()))
+    if any(v.size < 2 or v.size != v.shape[-1] for v in first):
+        return None
+    return float(sum(int(v.argmax()) == int(label) for v, label in zip(first, labels, strict=True)) / len(labels))
