@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError
-    from mc_opt.ir.io.atomic import staged_folder, write_bytes, write_text
-    from mc_opt.ir.io.capture import capture
+    from mc_opt.ir.io.atomic import FolderError, staged_files, staged_folder, write_bytes, write_text
+    from mc_opt.ir.io.capture import capture, from_torch
     from mc_opt.ir.io.data import Data, Sample, load_data, seeded_data
     from mc_opt.ir.io.load import load_model
+    from mc_opt.ir.io.read import Source
     from mc_opt.ir.io.save import SavedModel, save_model
-    from mc_opt.ir.io.shapes import fix_shapes, parse_shape, shape_advice
+    from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
     from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
     from mc_opt.ir.ops._packing import Geometry, canonical, pack_codes, restore, unpack_codes
     from mc_opt.ir.ops.fake_lookup import nearest_codes
@@ -34,18 +35,24 @@ _EXPORTS = {
     "IRError": "errors",
     "LimitError": "errors",
     "OptionError": "errors",
+    "FolderError": "io.atomic",
+    "staged_files": "io.atomic",
     "staged_folder": "io.atomic",
     "write_bytes": "io.atomic",
     "write_text": "io.atomic",
     "capture": "io.capture",
+    "from_torch": "io.capture",
     "Data": "io.data",
     "Sample": "io.data",
     "load_data": "io.data",
     "seeded_data": "io.data",
     "load_model": "io.load",
+    "Source": "io.read",
     "SavedModel": "io.save",
     "save_model": "io.save",
     "fix_shapes": "io.shapes",
+    "format_shape": "io.shapes",
+    "infer_shapes": "io.shapes",
     "parse_shape": "io.shapes",
     "shape_advice": "io.shapes",
     "Example": "op",

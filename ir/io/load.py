@@ -1,0 +1,133 @@
+"""Reading ONNX files: every model comes out at opset 21 or newer, checked, with its weights mapped or read-only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, assert_never
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from mc_opt.ir.errors import IRError
+from mc_opt.ir.io.lift import lift
+from mc_opt.ir.io.read import SOURCE, read_model
+from mc_opt.ir.io.shapes import fix_shapes, infer_shapes
+from mc_opt.ir.io.weightless import graphs
+
+Check = Literal["full", "structure"]
+# Below this many elements a Constant node stays a node: axes and paddings read better in place.
+_LIFTED_SIZE = 16
+_CHUNK = 1 << 20
+_FLOATS = {
+    onnx_ir.DataType.FLOAT,
+    onnx_ir.DataType.DOUBLE,
+    onnx_ir.DataType.FLOAT16,
+    onnx_ir.DataType.BFLOAT16,
+}
+# An infinity is a legal constant (a mask, a bound) but not a weight of these.
+_WEIGHTED = {
+    "BatchNormalization",
+    "Conv",
+    "ConvTranspose",
+    "GRU",
+    "Gemm",
+    "InstanceNormalization",
+    "LSTM",
+    "LayerNormalization",
+    "MatMul",
+    "RNN",
+}
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    check: Check = "full",
+) -> onnx_ir.Model:
+    """Read an ONNX file and bring it to the form that passes work on.
+
+    Initialisers are no longer inputs, Constant tensors of 16 elements and more are initialisers, the opset is
+    21 or newer, every node has a name of its own, types and shapes are inferred. External data is memory-mapped.
+    `model.meta["mc_opt.source"]` holds the `Source`.
+
+    Args:
+        path: the file.
+        shapes: fixes symbolic inputs, as `fix_shapes` does.
+        check: `"structure"` does not look for NaN and infinity in the weights.
+
+    Raises:
+        IRError: the file cannot be read, is no ONNX model, or is not a model that works.
+    """
+    path = Path(path)
+    model = read_model(path)
+    source = model.meta[SOURCE]
+    LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=_LIFTED_SIZE)(model)
+    model = lift(model, str(path))
+    model.meta[SOURCE] = source
+    _name_nodes(model)
+    if shapes:
+        fix_shapes(model, shapes)
+    else:
+        infer_shapes(model)
+    match check:
+        case "full":
+            check_finite(model, str(path))
+        case "structure":
+            pass
+        case _:
+            assert_never(check)
+    return model
+
+
+def check_finite(model: onnx_ir.Model, where: str) -> None:
+    """Refuse weights that hold NaN, or infinity where an op multiplies by it; reads a block at a time.
+
+    Raises:
+        IRError: names the first such weight, and how many of its elements are bad.
+    """
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is None or value.const_value.dtype not in _FLOATS:
+                continue
+            weighted = any(use.node.op_type in _WEIGHTED for use in value.uses())
+            if value.const_value.size == 1 and not weighted:
+                continue  # a fill value may be anything
+            count, kind = _count_bad(value.const_value.numpy(), weighted=weighted)
+            if count:
+                raise IRError(
+                    f"{where}: weight {value.name!r} holds {count} {kind} of {value.const_value.size} elements, "
+                    "expected finite numbers; repair or retrain the model"
+                )
+
+
+def _count_bad(array: npt.NDArray[np.generic], *, weighted: bool) -> tuple[int, str]:
+    """How many elements are NaN (or infinite, in a weight), and what to call them; `array`: any shape."""
+    flat, count, infinite = array.reshape(-1), 0, 0
+    for start in range(0, flat.size, _CHUNK):
+        block = flat[start : start + _CHUNK]
+        if np.isfinite(block).all():
+            continue
+        nans = int(np.isnan(block).sum())
+        infinite += int(np.isinf(block).sum()) if weighted else 0
+        count += nans
+    names = [name for name, n in (("NaN", count), ("infinite", infinite)) if n]
+    return count + infinite, " or ".join(names)
+
+
+def _name_nodes(model: onnx_ir.Model) -> None:
+    """Give every node a name of its own: after its first output when it has none or shares it."""
+    used: set[str] = set()
+    for graph in graphs(model):
+        for node in graph:
+            name = node.name or next((o.name for o in node.outputs if o.name), None) or node.op_type
+            base, count = name, 0
+            while name in used:
+                count += 1
+                name = f"{base}.{count}"
+            node.name = name
+            used.add(name)

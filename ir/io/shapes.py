@@ -1,0 +1,213 @@
+"""Shapes of a model: inferred without its weights, fixed by the user, and advice on what to fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import onnx
+import onnx.shape_inference
+import onnx_ir
+
+from mc_opt.ir.errors import IRError, OptionError
+from mc_opt.ir.io.weightless import graphs, walk, weightless
+
+_SHAPE = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*|scalar)")
+# What exporters write for "not known": two of them need not be equal.
+_ANONYMOUS = {None, "", "?", "-1", "None"}
+_BATCH = re.compile(r"b|n|bs|.*batch.*", re.IGNORECASE)
+_SPACE = re.compile(r"h|w|.*(height|width).*", re.IGNORECASE)
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read `x=1x3x224x224` as `("x", (1, 3, 224, 224))`; `x=scalar` is a shape without dimensions.
+
+    Raises:
+        OptionError: the text is not of that form.
+    """
+    match = _SHAPE.fullmatch(text.strip())
+    if match is None:
+        raise OptionError(f"--shape {text!r}: expected input=dimensions, as in x=1x3x224x224 (x=scalar for none)")
+    dims = match["dims"]
+    return match["name"], () if dims == "scalar" else tuple(int(d) for d in dims.split("x"))
+
+
+def format_shape(name: str, dims: tuple[int, ...]) -> str:
+    """The inverse of `parse_shape`."""
+    return f"{name}={'x'.join(map(str, dims)) if dims else 'scalar'}"
+
+
+def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give inputs the static shapes of `shapes`; a dimension of the same name gets its number everywhere.
+
+    Every shape that was inferred before is forgotten and inferred again.
+
+    Raises:
+        IRError: an unknown input, a rank or a number that the model contradicts, or one name with two numbers.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    numbers: dict[str, int] = {}
+    for name, dims in shapes.items():
+        if name not in inputs:
+            raise IRError(f"--shape {format_shape(name, dims)}: unknown input {name!r}; the inputs are: {_list(model)}")
+        _check(inputs[name], name, dims, numbers)
+    for name, dims in shapes.items():
+        inputs[name].shape = onnx_ir.Shape(dims)
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            value.shape = _substitute(value.shape, numbers)
+    declared = {id(v): _substitute(v.shape, numbers) for v in model.graph.outputs if v.shape is not None}
+    weights = {id(v) for graph in graphs(model) for v in (*graph.inputs, *graph.initializers.values())}
+    for value in _values(model):
+        if id(value) not in weights:
+            value.shape = None
+    infer_shapes(model)
+    for value in model.graph.outputs:
+        if value.shape is None:
+            value.shape = declared.get(id(value))
+
+
+def _check(value: onnx_ir.Value, name: str, dims: tuple[int, ...], numbers: dict[str, int]) -> None:
+    text = f"--shape {format_shape(name, dims)}"
+    if any(d < 1 for d in dims):
+        raise IRError(f"{text}: a dimension is {min(dims)}, expected 1 or more")
+    if value.shape is None:
+        return
+    if len(dims) != len(value.shape):
+        raise IRError(f"{text}: {len(dims)} dimensions, but the input is {_describe(value)}; give {len(value.shape)}")
+    for axis, (number, old) in enumerate(zip(dims, value.shape, strict=True)):
+        if isinstance(old, int):
+            if old != number:
+                raise IRError(f"{text}: dimension {axis} is {number}, but the input is {_describe(value)}; give {old}")
+        elif old.value not in _ANONYMOUS and numbers.setdefault(str(old.value), number) != number:
+            raise IRError(
+                f"{text}: dimension {old.value!r} is {number} here and {numbers[str(old.value)]} elsewhere; "
+                "give one number to both"
+            )
+
+
+def _substitute(shape: onnx_ir.Shape, numbers: Mapping[str, int]) -> onnx_ir.Shape:
+    return onnx_ir.Shape(
+        [d if isinstance(d, int) else numbers.get(str(d.value), d) for d in shape],
+        denotations=[shape.get_denotation(i) for i in range(len(shape))],
+    )
+
+
+def infer_shapes(model: onnx_ir.Model) -> None:
+    """Infer types and shapes of every value, in bodies too, and write them into the model; weights stay unread.
+
+    What is known stays where inference knows less. An op without inference (of another domain) leaves its
+    outputs as they were.
+    """
+    bare, _ = weightless(model)
+    proto = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    inferred = dict(walk(onnx_ir.from_proto(proto).graph))
+    for path, graph in walk(model.graph):
+        known = {v.name: v for v in _graph_values(inferred[path])}
+        for value in _graph_values(graph):
+            if (twin := known.get(value.name)) is not None:
+                _take(value, twin)
+
+
+def _take(value: onnx_ir.Value, inferred: onnx_ir.Value) -> None:
+    if inferred.type is not None:
+        value.type = inferred.type
+    if inferred.shape is None:
+        return
+    if value.shape is None or len(value.shape) != len(inferred.shape):
+        value.shape = inferred.shape
+        return
+    merged = [new if isinstance(new, int) or old.value is None else old for old, new in _pairs(value, inferred)]
+    if merged != list(value.shape):
+        value.shape = onnx_ir.Shape(merged)
+
+
+def _pairs(a: onnx_ir.Value, b: onnx_ir.Value) -> Iterator[tuple[onnx_ir.SymbolicDim, int | onnx_ir.SymbolicDim]]:
+    assert a.shape is not None and b.shape is not None
+    for old, new in zip(a.shape, b.shape, strict=True):
+        yield (onnx_ir.SymbolicDim(None), old) if isinstance(old, int) else (old, new)
+
+
+def _graph_values(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
+    """What a graph computes: inputs and weights are given."""
+    for node in graph:
+        yield from (o for o in node.outputs if o.name)
+
+
+def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    for graph in graphs(model):
+        yield from _graph_values(graph)
+
+
+def shape_advice(model: onnx_ir.Model) -> str | None:
+    """The `--shape` options that would make every input static, to paste; None when all are static.
+
+    The numbers are examples: the first set that shape inference accepts.
+    """
+    if all(_is_static(v) for v in model.graph.inputs):
+        return None
+    chosen = _example(model, 224, 224, 64)
+    for height, width, length in ((224, 224, 64), (48, 192, 576), (32, 320, 512), (640, 640, 128), (224, 224, 16000)):
+        candidate = _example(model, height, width, length)
+        if _fits(model, candidate):
+            chosen = candidate
+            break
+    return " ".join(f"--shape {_quote(format_shape(name, dims))}" for name, dims in chosen.items())
+
+
+def _example(model: onnx_ir.Model, height: int, width: int, length: int) -> dict[str, tuple[int, ...]]:
+    numbers: dict[str, int] = {}
+    example = {}
+    for value in model.graph.inputs:
+        if _is_static(value) or value.shape is None:
+            continue
+        rank = len(value.shape)
+        dims = []
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, int):
+                dims.append(dim)
+                continue
+            name = "" if dim.value in _ANONYMOUS else str(dim.value)
+            number = _guess(name, axis, rank, (height, width, length))
+            dims.append(numbers.setdefault(name, number) if name else number)
+        example[value.name or ""] = tuple(dims)
+    return example
+
+
+def _guess(name: str, axis: int, rank: int, sizes: tuple[int, int, int]) -> int:
+    height, width, length = sizes
+    if (axis == 0 and rank > 1) or _BATCH.fullmatch(name):
+        return 1
+    if _SPACE.fullmatch(name) or (rank == 4 and axis >= 2):
+        return width if axis == rank - 1 else height
+    if rank == 4 and axis == 1:
+        return 3
+    return length
+
+
+def _fits(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    trial = model.clone()
+    fix_shapes(trial, shapes)
+    bare, _ = weightless(trial)
+    try:
+        onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return False
+    return True
+
+
+def _is_static(value: onnx_ir.Value) -> bool:
+    return value.shape is not None and all(isinstance(d, int) for d in value.shape)
+
+
+def _quote(text: str) -> str:
+    return text if re.fullmatch(r"[\w.=/:+-]+", text) else f"'{text}'"
+
+
+def _describe(value: onnx_ir.Value) -> str:
+    dims = [] if value.shape is None else [str(d) if isinstance(d, int) else str(d.value or "?") for d in value.shape]
+    return f"{value.dtype.name if value.dtype else 'untyped'}[{','.join(dims)}]"
+
+
+def _list(model: onnx_ir.Model) -> str:
+    return ", ".join(f"{v.name} {_describe(v)}" for v in model.graph.inputs) or "none"
