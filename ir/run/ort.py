@@ -127,18 +127,18 @@ def run_data(
     Args:
         session: The model.
         data: Mappings from input name to array, or objects with such a mapping as `inputs`.
-        states: Recurrent states, output name to input name. The first step takes the sample's own array, or zeros
-            when it has none; each later step takes what the step before put out.
+        states: Recurrent states, output name to input name. A sample that has the state itself starts a new sequence
+            with it; otherwise the state is what the step before put out, and zeros before the first step.
     """
     states = dict(states or {})
     _check_states(session, states)
     carried: dict[str, np.ndarray] = {}
     for sample in data:
-        inputs = dict(sample if isinstance(sample, Mapping) else sample.inputs)
+        inputs = carried | dict(sample if isinstance(sample, Mapping) else sample.inputs)
         for spec in session.inputs:
-            if spec.name in states.values() and spec.name not in inputs and not carried:
+            if spec.name in states.values() and spec.name not in inputs:
                 inputs[spec.name] = _zeros(spec, session.inputs, inputs)
-        outputs = session.run(inputs | carried)
+        outputs = session.run(inputs)
         carried = {target: outputs[source] for source, target in states.items()}
         yield outputs
 
@@ -213,7 +213,7 @@ def _source(model: onnx_ir.Model | str | pathlib.Path) -> Iterator[str | bytes]:
     if sum(tensor.nbytes for tensor in tensors) <= LARGEST_PROTO:
         yield _serialised(model)
         return
-    from mc_opt.ir.io import save_model  # late: saving is needed for large models alone
+    from mc_opt.ir.io.save import save_model  # late: saving is needed for large models alone
 
     with tempfile.TemporaryDirectory(prefix="mc-opt-") as folder:
         # ONNX Runtime keeps what it has mapped, so the folder may go as soon as the session stands.
