@@ -1,0 +1,89 @@
+"""A model that the interpreter made into a torch module: its names, a run by ONNX names, its weights back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir
+
+from mc_opt.ir.errors import DataError, IRError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a GraphModule's names belong to the model's.
+
+    Attributes:
+        inputs: ONNX input name to the parameter of the module's forward.
+        tensors: torch name of a parameter or buffer to the initialiser's ONNX name.
+        outputs: ONNX output names, in the order of the tuple that forward returns.
+    """
+
+    inputs: dict[str, str]
+    tensors: dict[str, str]
+    outputs: tuple[str, ...]
+
+
+def names(module: torch.fx.GraphModule) -> Names:
+    """The names that `interpret` recorded; copies of the module keep them."""
+    found = module.meta["onnx"]
+    assert isinstance(found, Names)
+    return found
+
+
+def run_module(
+    module: torch.fx.GraphModule, inputs: Mapping[str, torch.Tensor | np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """Run an interpreted model on tensors or arrays by ONNX name; outputs by ONNX name, in the model's order.
+
+    Raises:
+        DataError: when a name is missing or unknown.
+    """
+    import torch  # late: whoever has a module has torch loaded
+
+    known = names(module)
+    for name in [*known.inputs, *inputs]:
+        if name not in inputs or name not in known.inputs:
+            problem = "missing" if name not in inputs else "unknown"
+            raise DataError(f"input {name!r}: {problem}; expected {', '.join(known.inputs)}")
+    feeds = {known.inputs[name]: torch.as_tensor(value) for name, value in inputs.items()}
+    return dict(zip(known.outputs, module(**feeds), strict=True))
+
+
+def state_to_model(module: torch.fx.GraphModule, model: onnx_ir.Model) -> int:
+    """Write the module's parameters back into `model`'s initialisers of the same names.
+
+    Only initialisers whose numbers differ are replaced, so that untouched weights stay memory-mapped and shared.
+
+    Returns:
+        The number of initialisers replaced.
+
+    Raises:
+        IRError: when a parameter's initialiser is missing in the model or has another shape.
+    """
+    import torch  # late: whoever has a module has torch loaded
+
+    from mc_opt.ir.run.standard.dtypes import to_array, to_torch
+
+    initialisers = {name: value for graph in model.graphs() for name, value in graph.initializers.items()}
+    known = names(module).tensors
+    count = 0
+    for torch_name, parameter in module.named_parameters():
+        name = known[torch_name]
+        old = initialisers[name].const_value if name in initialisers else None
+        if old is None:
+            raise IRError(f"{name}: the module has this parameter, the model has no such initialiser")
+        new = to_array(parameter)
+        if new.shape != tuple(old.shape.numpy()):
+            raise IRError(f"{name}: the parameter has shape {new.shape}, the initialiser {tuple(old.shape.numpy())}")
+        if torch.equal(parameter.detach().cpu(), to_torch(old)):
+            continue
+        initialisers[name].const_value = onnx_ir.Tensor(new, dtype=old.dtype, name=name)
+        count += 1
+    return count
