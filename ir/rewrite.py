@@ -17,10 +17,11 @@ RULE = "mc_opt.rule"
 
 def free_name(graph: onnx_ir.Graph, base: str) -> str:
     """`base`, or `base.1`, `base.2`, ...: the first that no value of the graph and its subgraphs carries."""
-    return _free(base, names_of(graph))
+    return free(base, names_of(graph))
 
 
-def _free(base: str, names: set[str]) -> str:
+def free(base: str, names: set[str]) -> str:
+    """As `free_name`, against names that are known already."""
     name, number = base, 0
     while name in names:
         number += 1
@@ -110,7 +111,7 @@ def _name_inputs(node: onnx_ir.Node, graph: onnx_ir.Graph, names: set[str]) -> N
             continue
         if value.name is None or value.name in names:
             part = formal[index] if index < len(formal) else str(index + 1)
-            value.name = _free(value.name or f"{node.outputs[0].name}.{part}", names)
+            value.name = free(value.name or f"{node.outputs[0].name}.{part}", names)
         names.add(value.name)
         if value.const_value is not None and value.producer() is None:
             graph.register_initializer(value)
