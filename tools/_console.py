@@ -68,7 +68,8 @@ def size_text(count: float) -> str:
 class Progress:
     """Progress on stderr: a bar with the time left on a terminal, otherwise a plain line for each new step.
 
-    An instance is called as `progress(done, total, what)`.
+    An instance is called as `progress(done, total, what)`. Plain lines start after a second, so that a run that
+    fails at once prints its error alone.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -103,6 +104,7 @@ class Progress:
                     self._bar.remove_task(self._task)
                 self._task = self._bar.add_task(what, total=total or None)
             self._bar.update(self._task, completed=done, total=total or None, description=what)
-        elif step != self._what and not self._quiet:
-            click.echo(f"[{time.monotonic() - self._started:6.1f} s] {step}", err=True)
-        self._what = step
+            self._what = step
+        elif step != self._what and (passed := time.monotonic() - self._started) >= 1 and not self._quiet:
+            click.echo(f"[{passed:6.1f} s] {step}", err=True)
+            self._what = step

@@ -88,12 +88,10 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; errors are printed on stderr."""
     try:
         result: Any = cli.main(args=list(arguments), prog_name="mc-opt", standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):  # click makes the second of the first
         click.echo("mc-opt: interrupted", err=True)
         return _failure.INTERRUPTED
     except Exception as error:
-        if isinstance(error, click.Abort):
-            return _failure.INTERRUPTED
         failure = _failure.describe(error, traceback="--traceback" in arguments)
         click.echo(failure.text, err=True)
         return failure.code
