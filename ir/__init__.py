@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_weight
     from mc_opt.ir.run.interp import interpret
-    from mc_opt.ir.run.ort import Drift, Session, compare, run_data
+    from mc_opt.ir.run.ort import Drift, Session, Verdict, compare, exactness, judge, noise, run_data
     from mc_opt.ir.sites import Skip, WeightSite, layer_of, matches, weight_sites
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
@@ -89,7 +89,11 @@ _EXPORTS = {
     "interpret": "run.interp",
     "Drift": "run.ort",
     "Session": "run.ort",
+    "Verdict": "run.ort",
     "compare": "run.ort",
+    "exactness": "run.ort",
+    "judge": "run.ort",
+    "noise": "run.ort",
     "run_data": "run.ort",
     "digest": "text",
     "nodes_text": "text",
