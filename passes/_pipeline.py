@@ -1,0 +1,333 @@
+"""The run: each pass on a clone of its own, verified, judged and recorded; a pure function of its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+import mc_opt
+from mc_opt import ir
+from mc_opt.passes._base import Check, Context, Log, Pass, PassError
+from mc_opt.passes._instrument import Bytes, Dump, Instrument, Timing
+from mc_opt.passes._judge import Judge
+from mc_opt.passes._report import LayerReport, PassReport, Report, Source, Unchecked
+from mc_opt.passes._size import changed_layers, sites, size_of, values_by_name
+from mc_opt.passes._spec import Pipeline, RecipeError, Step
+
+OURS = "mc_opt"
+
+_COPIES = 3
+"""A model judged in ONNX Runtime is in memory about so many times: serialised, loaded, and packed for its kernels."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        model: the new model; shares the weights it kept with the one that went in.
+        report: everything that is the same for the same run.
+        seconds: (pass, seconds), in order.
+    """
+
+    model: onnx_ir.Model
+    report: Report
+    seconds: tuple[tuple[str, float], ...] = ()
+
+
+def run(
+    model: onnx_ir.Model,
+    pipeline: Pipeline,
+    ctx: Context,
+    *,
+    check: Check | None = None,
+    stop_after: str | None = None,
+    dump: Path | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> Result:
+    """Run the passes in order; `model` is not touched.
+
+    Args:
+        model: what goes in, at opset 21 or newer, as `load_model` and `capture` make it.
+        pipeline: the passes.
+        ctx: what passes may know and use.
+        check: `full` runs every new model in ONNX Runtime, `structure` reads no weights; `ctx.check` if None.
+        stop_after: the name of the last pass to run.
+        dump: a folder for the model as text after each pass.
+        instruments: more observers; their columns go into the report.
+
+    Raises:
+        PassError: a pass failed, or what it made is wrong; its `last_good` is the model before that pass.
+        IRError: the model that went in is wrong.
+        DataError: the data does not fit the model.
+    """
+    ctx = dataclasses.replace(ctx, check=check or ctx.check, reference=ctx.reference or model)
+    steps = _until(pipeline.steps, stop_after)
+    _verify(model, ctx.check)
+    timing = Timing()
+    state = _Run(ctx, _clone(model), [timing, Bytes(), *([Dump(dump)] if dump else []), *instruments])
+    state.open_judge(model, _fixed_inputs(model, steps))
+    for number, step in enumerate(steps):
+        ctx.progress(number, len(steps), step.rewrite.name)
+        state.take(step)
+    ctx.progress(len(steps), len(steps), "passes done")
+    if dump and not steps:
+        Dump(dump).write("input", model)
+    return Result(state.model, state.report(model, Pipeline(steps)), tuple(timing.seconds))
+
+
+def dry_run(model: onnx_ir.Model, pipeline: Pipeline, ctx: Context) -> Report:
+    """What a run would match and store, pass by pass; nothing is run in ONNX Runtime and nothing is written.
+
+    The passes do their work on clones, so that the layers and bytes are those of the real run.
+    """
+    return run(model, pipeline, ctx, check="structure").report
+
+
+def _until(steps: tuple[Step, ...], stop_after: str | None) -> tuple[Step, ...]:
+    if stop_after is None:
+        return steps
+    names = [step.rewrite.name for step in steps]
+    if stop_after not in names:
+        raise ir.OptionError(f"stop after: {ir.unknown('pass', stop_after, names)}")
+    return steps[: names.index(stop_after) + 1]
+
+
+def _fixed_inputs(model: onnx_ir.Model, steps: tuple[Step, ...]) -> dict[str, np.ndarray]:
+    fixed: dict[str, np.ndarray] = {}
+    for step in steps:
+        fixed |= step.rewrite.fixes(model)
+    return fixed
+
+
+@dataclass
+class _Run:
+    """The state of one run between two passes."""
+
+    ctx: Context
+    model: onnx_ir.Model
+    instruments: list[Instrument]
+    judge: Judge | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    passes: list[PassReport] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    unchecked: list[Unchecked] = field(default_factory=list)
+
+    def open_judge(self, original: onnx_ir.Model, fixed: Mapping[str, np.ndarray]) -> None:
+        """Prepare the check of numbers, or record why there is none."""
+        self.checks.append("structure: names, types, topological order, our ops, after every pass")
+        if self.ctx.check == "structure":
+            self.unchecked += [
+                Unchecked("onnx.checker", "--check structure"),
+                Unchecked("run in ONNX Runtime, drift, numbers of exact passes", "--check structure"),
+            ]
+            return
+        self.checks.append("onnx.checker, after every pass")
+        what = "run in ONNX Runtime, drift, numbers of exact passes"
+        size = size_of(original)
+        need = _COPIES * max(size.weight_bytes, 4 * size.parameters)  # ONNX Runtime decodes packed weights
+        if need > self.ctx.memory_limit:
+            reason = f"needs about {_gib(need)}, the memory limit is {_gib(self.ctx.memory_limit)}"
+            self.unchecked.append(Unchecked(what, reason))
+            self.warnings.append(f"{what}: not checked: {reason}")
+            return
+        try:
+            self.judge = Judge(original, self.ctx, fixed)
+        except ir.DataError:
+            if self.ctx.data is not None:
+                raise
+            self._no_judge(what, "random inputs do not fit the model; give real ones")
+            return
+        except ir.IRError as error:
+            self._no_judge(what, f"the model that came in does not run: {error}")
+            return
+        kind = "real" if self.ctx.data is not None else "seeded random"
+        self.checks.append(f"{what}, on {self.judge.samples} {kind} samples")
+        if self.ctx.data is None:
+            self.warnings.append(
+                "no data was given: drift is measured on seeded random inputs and says little about accuracy"
+            )
+
+    def _no_judge(self, what: str, reason: str) -> None:
+        self.unchecked.append(Unchecked(what, reason))
+        self.warnings.append(f"{what}: not checked: {reason}")
+
+    def take(self, step: Step) -> None:
+        """Run one pass; on failure the model stays what it was."""
+        before = tuple(p.name for p in self.passes)
+        bound = step.bound()
+        log = Log()
+        new = _clone(self.model)
+        try:
+            for instrument in self.instruments:
+                instrument.before(bound, self.model)
+            rewrites = _rewrite(bound, new, dataclasses.replace(self.ctx, log=log), before)
+            if rewrites:
+                _hold(bound, self.model, new, before, self.ctx.check)
+            else:
+                new = self.model
+            columns: dict[str, Any] = {}
+            for instrument in self.instruments:
+                columns |= instrument.after(bound, self.model, new)
+            judged = self.judge.after(bound, new, before) if self.judge is not None and rewrites else {}
+        except PassError as error:
+            error.last_good = self.model
+            raise
+        self._record(step, rewrites, log, columns, judged, new)
+
+    def _record(
+        self,
+        step: Step,
+        rewrites: int,
+        log: Log,
+        columns: dict[str, Any],
+        judged: dict[str, Any],
+        new: onnx_ir.Model,
+    ) -> None:
+        name = step.rewrite.name
+        self.names |= {site.layer: str(site.value.name) for site in sites(self.model)}
+        if rewrites:
+            self.layers += changed_layers(self.names, self.model, new, name)
+        else:
+            self.warnings.append(_nothing(name, log.skips))
+        if judged.get("broken"):
+            self.warnings.append(
+                f"{name}: {judged['broken']} output elements became NaN or infinite, or stopped being so"
+            )
+        self.passes.append(
+            PassReport(
+                name=name,
+                text=str(Pipeline((step,))),
+                exact=step.rewrite.exact,
+                rewrites=rewrites,
+                notes=tuple(log.notes),
+                skips=dict(log.skips),
+                columns=columns,
+                drift=judged.get("drift", {}),
+                verdict=judged.get("verdict"),
+            )
+        )
+        self.model = new
+
+    def report(self, original: onnx_ir.Model, pipeline: Pipeline) -> Report:
+        """The report of the whole run; the driver adds what it wrote."""
+        return Report(
+            mc_opt=mc_opt.__version__,
+            source=_source(original),
+            recipe=str(pipeline),
+            seed=self.ctx.seed,
+            before=size_of(original),
+            after=size_of(self.model),
+            passes=tuple(self.passes),
+            layers=tuple(self.layers),
+            warnings=tuple(self.warnings),
+            checks=tuple(self.checks),
+            unchecked=tuple(self.unchecked),
+        )
+
+
+def _rewrite(step: Pass, model: onnx_ir.Model, ctx: Context, before: tuple[str, ...]) -> int:
+    try:
+        return step.run(model, ctx)
+    except (ir.OptionError, ir.LimitError, ir.DataError, RecipeError):
+        raise  # the user's or the machine's matter, not a fault of the pass
+    except PassError as error:
+        raise PassError(error.pass_name, error.node, error.problem, before) from error
+    except MemoryError as error:
+        raise ir.LimitError(f"{step.name}: out of memory; free some, or take a machine with more") from error
+    except ir.IRError as error:
+        raise PassError(step.name, "", str(error), before) from error
+    except Exception as error:
+        raise PassError(step.name, "", f"{type(error).__name__}: {error}", before) from error
+
+
+def _hold(step: Pass, old: onnx_ir.Model, new: onnx_ir.Model, before: tuple[str, ...], check: Check) -> None:
+    """Hold what a pass made to what every model must be."""
+    try:
+        ir.add_functions(new)
+        _verify(new, check)
+    except ir.IRError as error:
+        raise PassError(step.name, "", f"made a wrong model: {error}", before) from error
+    for was, now in zip(_interface(old), _interface(new), strict=True):
+        if was != now:
+            raise PassError(step.name, "", f"changed the outputs: they were {was}, now {now}", before)
+    if not step.allows_losing_our_ops and (lost := _lost(old, new)):
+        raise PassError(
+            step.name,
+            lost,
+            "an op of mc_opt was lost though its result is used: it was folded or inlined; run the foreign pass "
+            "with inline=False and without folding mc_opt nodes",
+            before,
+        )
+
+
+def _interface(model: onnx_ir.Model) -> tuple[list[str], list[str]]:
+    outputs = model.graph.outputs
+    return [str(v.name) for v in outputs], [str(v.dtype) for v in outputs]
+
+
+def _lost(old: onnx_ir.Model, new: onnx_ir.Model) -> str | None:
+    """The name of a node of ours that is gone while something computed from it is still there; None if all is well.
+
+    A node whose every consumer is gone too was dead, as in a branch of an If that is never taken.
+    """
+    present = values_by_name(new)
+    for graph in old.graphs():
+        for node in graph:
+            if node.domain == OURS and any(_folded(value, present) for value in node.outputs):
+                return str(node.name)
+    return None
+
+
+def _folded(value: onnx_ir.Value, present: Mapping[str, onnx_ir.Value]) -> bool:
+    """Whether a result of ours is there without an op of ours, or is gone while something computed from it is not."""
+    open_values, seen = [value], {value}
+    while open_values:
+        current = open_values.pop()
+        now = present.get(str(current.name))
+        if now is not None:
+            producer = now.producer()
+            if producer is None or producer.domain != OURS:
+                return True
+            continue
+        reached = {out for node in current.consumers() for out in node.outputs} - seen
+        seen |= reached
+        open_values += reached
+    return False
+
+
+def _verify(model: onnx_ir.Model, check: Check) -> None:
+    ir.verify(model, level=check)
+
+
+def _clone(model: onnx_ir.Model) -> onnx_ir.Model:
+    copy = model.clone()
+    copy.meta.update(model.meta)  # clone() leaves it out; it says where the model came from
+    return copy
+
+
+def _source(model: onnx_ir.Model) -> Source:
+    facts = model.meta.get("mc_opt.source")
+    if facts is None:
+        return Source(opset=model.opset_imports.get("", 0))
+    return Source(Path(facts.path).name, facts.sha256, facts.bytes, facts.opset or 0)
+
+
+def _nothing(name: str, skips: Mapping[str, str]) -> str:
+    if not skips:
+        return f"{name} rewrote nothing: nothing in the model matches"
+    layer, reason = next(iter(skips.items()))
+    more = f" (and {len(skips) - 1} more)" if len(skips) > 1 else ""
+    return f"{name} rewrote nothing: {layer}: {reason}{more}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"

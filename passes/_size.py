@@ -1,0 +1,134 @@
+"""What models and layers store, counted honestly: every byte that is needed to compute a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir
+
+from mc_opt import ir
+from mc_opt.passes._report import LayerReport, Size
+
+
+def size_of(model: onnx_ir.Model) -> Size:
+    """Parameters, bytes of all stored constants, and nodes of a model."""
+    parameters = stored = nodes = 0
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            stored += tensor.nbytes
+            parameters += tensor.size if tensor.dtype.is_floating_point() else 0
+        for node in graph:
+            nodes += 1
+            stored += sum(_tensor_bytes(attribute) for attribute in node.attributes.values())
+            if node.domain == "mc_opt" and node.op_type == "Lookup":
+                parameters += _elements(node.outputs[0])
+    return Size(parameters, stored, nodes)
+
+
+def _tensor_bytes(attribute: onnx_ir.Attr) -> int:
+    match attribute.type:
+        case onnx_ir.AttributeType.TENSOR:
+            return int(attribute.as_tensor().nbytes)
+        case onnx_ir.AttributeType.TENSORS:
+            return sum(int(tensor.nbytes) for tensor in attribute.as_tensors())
+        case _:
+            return 0
+
+
+def _elements(value: onnx_ir.Value) -> int:
+    """Elements of a value of static shape, as every weight has one."""
+    assert value.shape is not None
+    count = 1
+    for dim in value.shape:
+        count *= int(dim) if isinstance(dim, int) else 0
+    return count
+
+
+def values_by_name(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
+    """Every value of all graphs of a model; names are unique throughout a verified model."""
+    found: dict[str, onnx_ir.Value] = {}
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.initializers.values()):
+            found[str(value.name)] = value
+        for node in graph:
+            found.update((str(value.name), value) for value in node.outputs if value.name)
+    return found
+
+
+def sites(model: onnx_ir.Model) -> Iterator[ir.WeightSite]:
+    """The weights of a model that are stored as they are, without the places that are declined."""
+    for site in ir.weight_sites(model):
+        if isinstance(site, ir.WeightSite):
+            yield site
+
+
+def stored(value: onnx_ir.Value) -> list[onnx_ir.Value] | None:
+    """The constants that a value is computed from, each once; None if it depends on an input of the model."""
+    found: dict[onnx_ir.Value, None] = {}
+    seen: set[onnx_ir.Value] = set()
+    open_values = [value]
+    while open_values:
+        current = open_values.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        node = current.producer()
+        if node is not None:
+            open_values += [v for v in reversed(node.inputs) if v is not None]
+        elif current.const_value is not None:
+            found[current] = None
+        else:
+            return None
+    return list(found)
+
+
+def changed_layers(
+    names: dict[str, str], old: onnx_ir.Model, new: onnx_ir.Model, rewritten_by: str
+) -> tuple[LayerReport, ...]:
+    """The rows of the layer table that a pass adds: one for each layer whose stored weight it changed.
+
+    Args:
+        names: layer to the name of its weight; a rewritten weight keeps its name.
+        old: the model before the pass.
+        new: the model after it.
+        rewritten_by: the pass.
+    """
+    before, after = values_by_name(old), values_by_name(new)
+    counted: set[onnx_ir.Value] = set()
+    rows = []
+    for layer, name in names.items():
+        if name not in before or name not in after:
+            continue
+        was, now = stored(before[name]), stored(after[name])
+        if was is None or now is None or [v.const_value for v in was] == [v.const_value for v in now]:
+            continue
+        own = [v for v in now if v not in counted]
+        counted.update(own)
+        elements = _elements(after[name])
+        bytes_after = _nbytes(own)
+        rows.append(
+            LayerReport(
+                layer=layer,
+                rewritten_by=rewritten_by,
+                rule=_rule(after[name]),
+                elements=elements,
+                bytes_before=_nbytes(was),
+                bytes_after=bytes_after,
+                bits=8 * bytes_after / elements if elements else 0.0,
+            )
+        )
+    return tuple(rows)
+
+
+def _nbytes(values: list[onnx_ir.Value]) -> int:
+    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+
+
+def _rule(value: onnx_ir.Value) -> str:
+    """The rule that made the value, or that made its consumer when the value is stored as it is."""
+    producer = value.producer()
+    nodes = [producer] if producer is not None else list(value.consumers())
+    return next((n.metadata_props["mc_opt.rule"] for n in nodes if n and "mc_opt.rule" in n.metadata_props), "")
