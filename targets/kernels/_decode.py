@@ -1,0 +1,279 @@
+"""Packed weights to dense ones at run time, in the order in which their consumer reads them.
+
+The artefact holds codes. While building, they are put into the consumer's order (its own packing,
+applied to the codes), then packed again so that one vector of words holds the codes of as many
+vectors of weights as fit; a kernel decodes them into a planned buffer in front of each use. A codebook
+of at most 16 values (32 with AVX-512) is a register, and decoding a vector is one permutation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+from tvm import relax, tirx
+from tvm.script.ir_builder import tirx as T
+
+from mc_opt.ir import canonical, restore, unpack_codes
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax.emitter import Emitter, LookupWeight
+from mc_opt.targets.kernels import _loops
+from mc_opt.targets.kernels._loops import Buffer, Expr
+
+Pack = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """A weight in a consumer's order: dense [t, *inner, c], whose codes are packed as below; K = Π inner.
+
+    Attributes:
+        shape: (t, *inner, c).
+        words: int32 [t, c / lanes, ceil(K / per), lanes]: code j of a word is row (word · per + j).
+        codebook: shared: [n] filled up to 2^bits and repeated up to whole registers, so that a permutation by a
+            lane's low bits finds it whatever stands above them; or one a group: [t, c, G, n], flat.
+        scale: None, or [t, G, c].
+        offset: None, or [t, G, c].
+        group: int32 [K], the group of each row; None when there is one group.
+        bits: width of a code.
+        entries: 0 for a shared codebook, else the size n of each.
+    """
+
+    shape: tuple[int, ...]
+    words: np.ndarray
+    codebook: np.ndarray
+    scale: np.ndarray | None
+    offset: np.ndarray | None
+    group: np.ndarray | None
+    bits: int
+    entries: int
+
+    @property
+    def per(self) -> int:
+        """Codes in a word."""
+        return 32 // self.bits
+
+    @property
+    def depth(self) -> int:
+        """K, the rows of a tile."""
+        return math.prod(self.shape[1:-1])
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a vector of words."""
+        return int(self.words.shape[-1])
+
+
+def codes_of(weight: LookupWeight) -> np.ndarray:
+    """The codes in the weight's own shape, uint8."""
+    rows = math.prod(weight.shape[a] for a in weight.axes)
+    columns = math.prod(weight.shape) // max(rows, 1)
+    flat = unpack_codes(weight.codes, weight.bits, rows * columns)
+    return restore(flat.reshape(rows, columns), weight.shape, weight.axes)
+
+
+def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
+    """The weight in the order that `pack` gives a dense one.
+
+    None when a column of a tile is not one row of the weight, or the rows of a tile are not in one group each:
+    then a consumer decodes the weight in its own shape.
+    """
+    if weight.codebook.dtype != np.float32:
+        return None
+    codes = pack(codes_of(weight))
+    tiles, *inner, columns = codes.shape
+    depth = math.prod(inner)
+    lanes = math.gcd(columns, machine.lanes)
+    words = _words(codes.reshape(tiles, depth, columns), weight.bits, lanes)
+    per_row = [a for a in (weight.scale, weight.offset, weight.codebook) if a is not None]
+    if all(a.size == 1 or a.ndim == 1 or a.shape[:2] == (1, 1) for a in per_row):
+        return Tiles(
+            shape=codes.shape,
+            words=words,
+            codebook=_shared(weight.codebook, weight.bits, lanes),
+            scale=_single(weight.scale, tiles, columns),
+            offset=_single(weight.offset, tiles, columns),
+            group=None,
+            bits=weight.bits,
+            entries=0,
+        )
+    found = _structure(weight, pack, (tiles, depth, columns))
+    if found is None:
+        return None
+    row, group = found
+    groups = int(group.max()) + 1
+    shared = weight.codebook.size == weight.codebook.shape[-1]
+    return Tiles(
+        shape=codes.shape,
+        words=words,
+        codebook=_shared(weight.codebook, weight.bits, lanes)
+        if shared
+        else _spread_books(weight.codebook, row, groups),
+        scale=_spread(weight.scale, row, groups),
+        offset=_spread(weight.offset, row, groups),
+        group=group if groups > 1 else None,
+        bits=weight.bits,
+        entries=0 if shared else weight.codebook.shape[-1],
+    )
+
+
+def _words(codes: np.ndarray, bits: int, lanes: int) -> np.ndarray:
+    """codes: [t, K, c] -> int32 [t, c / lanes, ceil(K / per), lanes]."""
+    tiles, depth, columns = codes.shape
+    per = 32 // bits
+    filled = np.zeros((tiles, -(-depth // per) * per, columns), np.uint8)
+    filled[:, :depth] = codes
+    split = filled.reshape(tiles, -1, per, columns // lanes, lanes)
+    words = np.zeros((tiles, split.shape[1], columns // lanes, lanes), np.uint32)
+    for j in range(per):
+        words |= split[:, :, j].astype(np.uint32) << np.uint32(j * bits)
+    return np.ascontiguousarray(words.transpose(0, 2, 1, 3)).view(np.int32)
+
+
+def _structure(weight: LookupWeight, pack: Pack, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """(row [t, c] of each column, 0 where it is filling; group [K] of each row of the tiles)."""
+    matrix = canonical(np.empty(weight.shape, np.uint8), weight.axes)
+    rows, columns = matrix.shape
+    # Counted from 1, for packing fills up with zeros.
+    numbers = np.broadcast_to(np.arange(1, rows + 1, dtype=np.int32)[:, None], (rows, columns))
+    row = pack(restore(numbers, weight.shape, weight.axes)).reshape(shape)
+    highest = row.max(axis=1)
+    if not np.all((row == highest[:, None]) | (row == 0)):
+        return None
+    size = weight.group_size or columns
+    numbers = np.broadcast_to((np.arange(columns, dtype=np.int32) // size + 1)[None], (rows, columns))
+    group = pack(restore(np.ascontiguousarray(numbers), weight.shape, weight.axes)).reshape(shape)
+    deepest = group.max(axis=(0, 2))
+    if not np.all((group == deepest[None, :, None]) | (group == 0)):
+        return None
+    return np.maximum(highest - 1, 0), np.maximum(deepest - 1, 0).astype(np.int32)
+
+
+def _single(value: np.ndarray | None, tiles: int, columns: int) -> np.ndarray | None:
+    if value is None:
+        return None
+    return np.broadcast_to(value.astype(np.float32).reshape(1, 1, 1), (tiles, 1, columns))
+
+
+def _spread(value: np.ndarray | None, row: np.ndarray, groups: int) -> np.ndarray | None:
+    """value: [R|1, G|1] -> [t, groups, c]."""
+    if value is None:
+        return None
+    count = int(row.max()) + 1
+    full = np.broadcast_to(value.astype(np.float32), (max(value.shape[0], count), groups))
+    return np.ascontiguousarray(full[row].transpose(0, 2, 1))
+
+
+def _shared(codebook: np.ndarray, bits: int, lanes: int) -> np.ndarray:
+    """codebook: n values in any shape -> [max(2^bits, lanes)], see `Tiles`."""
+    full = np.zeros(1 << bits, np.float32)
+    full[: codebook.size] = codebook.reshape(-1)
+    return np.tile(full, max(1, lanes >> bits))
+
+
+def _spread_books(codebook: np.ndarray, row: np.ndarray, groups: int) -> np.ndarray:
+    """codebook: [R|1, G|1, n] -> [t, c, groups, n], flat."""
+    count = max(int(row.max()) + 1, codebook.shape[0])
+    full = np.broadcast_to(codebook, (count, groups, codebook.shape[-1]))
+    return np.ascontiguousarray(full[row]).reshape(-1)
+
+
+def tiled(e: Emitter, weight: LookupWeight, pack: Pack) -> relax.Expr | None:
+    """Emit the kernel that decodes a weight into `pack`'s order; None when the order does not allow it."""
+    tiles = arrange(weight, pack, e.machine)
+    if tiles is None:
+        return None
+    arrays = [a for a in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if a is not None]
+    arguments = [(a.shape, str(a.dtype)) for a in arrays]
+    body = functools.partial(_decode_body, tiles, e.machine)
+    function = _loops.kernel([*arguments, (tiles.shape, "float32")], body, name="decode")
+    e.note_kernel(f"decode: {tiles.bits} bits, {'x'.join(map(str, weight.shape))}")
+    return e.call(function, [e.weight(a) for a in arrays], [(tiles.shape, "float32")], name="decode")[0]
+
+
+def _decode_body(tiles: Tiles, machine: Machine, words: Buffer, codebook: Buffer, *rest: Buffer) -> None:
+    *extra, dense = rest
+    scale = extra.pop(0) if tiles.scale is not None else None
+    offset = extra.pop(0) if tiles.offset is not None else None
+    group = extra.pop(0) if tiles.group is not None else None
+    lanes, per, depth = tiles.lanes, tiles.per, tiles.depth
+    count, _, columns = tiles.shape[0], depth, tiles.shape[-1]
+    table = Table(tiles, machine, codebook)
+
+    def rows(t: Expr, v: Expr, w: Expr, number: int) -> None:
+        word = _loops.load(words, t, v, w, 0, lanes=lanes)
+        for j in range(number):
+            k = w * per + j
+            g = 0 if group is None else group[k]
+            value = table.value(word, j, t, v, g)
+            if scale is not None:
+                value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
+            if offset is not None:
+                value = value + _loops.load(offset, t, g, v * lanes, lanes=lanes)
+            _loops.store(dense, value, t, *_unravel(k, tiles.shape[1:-1]), v * lanes, lanes=lanes)
+
+    with _loops.each(count, machine, work=count * depth * columns) as t, T.serial(0, columns // lanes) as v:
+        if depth // per:
+            with T.serial(0, depth // per) as w:
+                rows(t, v, w, per)
+        if depth % per:
+            rows(t, v, tirx.const(depth // per, "int32"), depth % per)
+
+
+def _unravel(k: Expr, extents: tuple[int, ...]) -> list[Expr]:
+    """Row-major indices of element k in a box."""
+    index: list[Expr] = []
+    for extent in reversed(extents[1:]):
+        index.insert(0, tirx.floormod(k, extent))
+        k = tirx.floordiv(k, extent)
+    return [k, *index]
+
+
+class Table:
+    """A codebook as a kernel reads it: a register permutation where the machine has one, else a gather."""
+
+    def __init__(self, tiles: Tiles, machine: Machine, codebook: Buffer) -> None:
+        self._tiles, self._codebook = tiles, codebook
+        self._wide = tiles.lanes == 16
+        self._registers = registers_of(tiles, machine)
+
+    def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr) -> Expr:
+        """The codebook entries of code j of each lane of a word."""
+        bits, lanes = self._tiles.bits, self._tiles.lanes
+        code = word if j == 0 else T.shift_right(word, _loops.splat(bits * j, lanes, "int32"))
+        if not self._registers:
+            return self._gathered(T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32")), t, v, g)
+        parts = [_loops.load(self._codebook, r * lanes, lanes=lanes) for r in range(self._registers)]
+        if len(parts) == 1:
+            return self._permuted(parts[0], code)
+        if self._wide:
+            return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", parts[0], code, parts[1])
+        high = T.bitwise_and(code, _loops.splat(lanes, lanes, "int32"))
+        picked = [self._permuted(part, code) for part in parts]
+        return tirx.Select(tirx.NE(high, _loops.splat(0, lanes, "int32")), picked[1], picked[0])
+
+    def _permuted(self, part: Expr, code: Expr) -> Expr:
+        if self._wide:
+            return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", part, code)
+        return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", part, code)
+
+    def _gathered(self, code: Expr, t: Expr, v: Expr, g: Expr) -> Expr:
+        if not self._tiles.entries:
+            return self._codebook[code]
+        lanes, columns = self._tiles.lanes, self._tiles.shape[-1]
+        groups = 1 if self._tiles.group is None else int(self._tiles.group.max()) + 1
+        entries = self._tiles.entries
+        first = ((t * columns + v * lanes) * groups + g) * entries
+        starts = first if lanes == 1 else T.ramp(first, groups * entries, lanes)
+        return self._codebook[starts + code]
+
+
+def registers_of(tiles: Tiles, machine: Machine) -> int:
+    """Registers that hold the codebook for a permutation; 0 when there is none for it."""
+    available = {16: "avx512f", 8: "avx2"}.get(tiles.lanes, "")
+    if tiles.entries or available not in machine.features or (1 << tiles.bits) > 2 * tiles.lanes:
+        return 0
+    return max(1, (1 << tiles.bits) // tiles.lanes)

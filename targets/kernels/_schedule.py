@@ -1,0 +1,302 @@
+"""Schedules of all kernels of a lowered module: the register tile where one is annotated, a general rule elsewhere.
+
+A block that carries `mc_tile` is a convolution or matrix product; its element-wise consumers run on the
+tile while it is in registers. Kernels that were written out loop by loop carry SCHEDULED and stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+from mc_opt.targets._machine import Machine
+
+# The attribute of a PrimFunc that needs no schedule.
+SCHEDULED = "mc_opt.scheduled"
+
+# A loop nest below this many element operations is over before another thread has woken up.
+_PARALLEL_WORK = 1 << 20
+# Reductions up to this many steps are written out.
+_UNROLLED_STEPS = 32
+
+_SPATIAL, _REDUCE = 0, 2
+
+
+def schedule(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list[str]]:
+    """Schedule every PrimFunc of a module; returns the module and a note for each that fell back, and why."""
+    notes = []
+    result = tvm.IRModule(dict(module.functions), attrs=module.attrs)
+    for variable, function in sorted(module.functions.items(), key=lambda kv: str(kv[0].name_hint)):
+        if not isinstance(function, tirx.PrimFunc) or (function.attrs and SCHEDULED in function.attrs):
+            continue
+        scheduled, note = _scheduled(function, machine)
+        result[variable] = scheduled.with_attr("global_symbol", variable.name_hint) if _named(function) else scheduled
+        if note:
+            notes.append(f"{variable.name_hint}: {note}")
+    return result, notes
+
+
+def _named(function: Any) -> bool:
+    return bool(function.attrs and "global_symbol" in function.attrs)
+
+
+def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
+    """The best schedule that applies: fused tile, then tile with separate consumers, then the general rule."""
+    problem = ""
+    for fused in (True, False):
+        state = s_tir.Schedule(function)
+        _inline(state)
+        tiled = [b for b in _blocks(state) if _tile(state, b)]
+        if not tiled:
+            _general(state, machine)
+            return state.mod["main"], ""
+        try:
+            for block in tiled:
+                _register_tile(state, block, machine, fused=fused)
+            _general(state, machine)
+        except Exception as error:  # the schedule's own refusals have no common type
+            problem = problem or _first_line(error)
+            continue
+        note = "" if fused else f"consumers run apart from the tile: {problem}"
+        return state.mod["main"], note
+    state = s_tir.Schedule(function)
+    _inline(state)
+    _general(state, machine)
+    return state.mod["main"], f"no register tile: {problem}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = next((line for line in lines if "rror" in line and "Traceback" not in line), lines[-1] if lines else "")
+    return found[:160] or type(error).__name__
+
+
+def _blocks(state: Any) -> list[Any]:
+    return list(state.get_child_blocks(state.get_sblock("root")))
+
+
+def _tile(state: Any, block: Any) -> list[int]:
+    return [int(v) for v in state.get(block).annotations.get("mc_tile", ())]
+
+
+def _extent(state: Any, loop: Any) -> int:
+    return int(state.get(loop).extent)
+
+
+def _kinds(state: Any, block: Any) -> list[int]:
+    return [int(v.iter_type) for v in state.get(block).iter_vars]
+
+
+def _is_plain(state: Any, block: Any) -> bool:
+    """Each loop drives one axis of the block, in order, and none is scheduled yet."""
+    loops = state.get_loops(block)
+    return len(loops) == len(_kinds(state, block)) and all(int(state.get(x).kind) == 0 for x in loops)
+
+
+def _inline(state: Any) -> None:
+    """Compute injective producers inside their consumers, until none is left."""
+    changed = True
+    while changed:
+        changed = False
+        for block in _blocks(state):
+            if _REDUCE in _kinds(state, block) or _tile(state, block) or not state.get_consumers(block):
+                continue
+            if any(_tile(state, c) for c in state.get_consumers(block)):
+                continue
+            try:
+                state.compute_inline(block)
+            except s_tir.ScheduleError:
+                continue
+            changed = True
+            break
+
+
+def _register_tile(state: Any, block: Any, machine: Machine, *, fused: bool) -> None:
+    """Order the loops as tiles | reduction | one tile in registers, the consumer at the end of each tile."""
+    high, wide, columns, vector = _tile(state, block)
+    kinds, loops = _kinds(state, block), list(state.get_loops(block))
+    outer = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
+    steps = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
+    consumers = list(state.get_consumers(block))
+    column, registers, lane = state.split(outer.pop(), [None, columns // vector, vector])
+    across, position = state.split(outer.pop(), [None, wide])
+    inner = [position]
+    down = []
+    if high > 1:
+        rows, row = state.split(outer.pop(), [None, high])
+        inner, down = [row, position], [rows]
+    order = [*outer, column, *down, across]
+    state.reorder(*order, *steps, *inner, registers, lane)
+    write = consumers[0] if len(consumers) == 1 and fused else state.cache_write(block, 0, "global")
+    state.reverse_compute_at(write, across)
+    _vectorise_tile(state, write, len(order), vector)
+    if math.prod(_extent(state, s) for s in steps) <= _UNROLLED_STEPS:
+        for loop in steps:
+            state.unroll(loop)
+    for loop in (*inner, registers):
+        state.unroll(loop)
+    if vector > 1:
+        state.vectorize(lane)
+    work = math.prod(_extent(state, x) for x in [*order, *steps, *inner, registers, lane])
+    _parallel(state, order[:-1], work, machine)
+    state.decompose_reduction(block, steps[0])
+
+
+def _vectorise_tile(state: Any, block: Any, depth: int, vector: int) -> None:
+    """Write the tile's consumer out: registers and positions unrolled, lanes in vectors."""
+    loops = state.get_loops(block)[depth:]
+    if not loops:
+        return
+    extent = _extent(state, loops[-1])
+    width = math.gcd(extent, vector)
+    if width > 1:
+        register, lane = state.split(loops[-1], [None, width])
+        state.vectorize(lane)
+        state.unroll(register)
+    for loop in loops[:-1]:
+        state.unroll(loop)
+
+
+def _parallel(state: Any, loops: Sequence[Any], work: int, machine: Machine) -> None:
+    """Split the outermost loops among threads when the work is worth starting them."""
+    if machine.threads < 2 or work < _PARALLEL_WORK or not loops:
+        return
+    chosen: list[Any] = []
+    for loop in loops:
+        chosen.append(loop)
+        if math.prod(_extent(state, x) for x in chosen) >= 4 * machine.threads:
+            break
+    state.parallel(state.fuse(*chosen) if len(chosen) > 1 else chosen[0])
+
+
+def _general(state: Any, machine: Machine) -> None:
+    """Vectorise and split what no tile took; a block that resists stays a plain loop nest."""
+    for block in _blocks(state):
+        if not state.get_loops(block) or not _is_plain(state, block):
+            continue
+        try:
+            if _REDUCE in _kinds(state, block):
+                _reduction(state, block, machine)
+            else:
+                _elementwise(state, block, machine)
+        except s_tir.ScheduleError:
+            continue
+
+
+def _elementwise(state: Any, block: Any, machine: Machine) -> None:
+    """Vectors along the last axis; short or odd rows are first fused with the axes before them."""
+    loops = list(state.get_loops(block))
+    extents = [_extent(state, x) for x in loops]
+    lanes = machine.lanes
+    if extents[-1] % lanes and math.prod(extents) % lanes == 0 and _is_linear(state, block):
+        loops = [state.fuse(*loops) if len(loops) > 1 else loops[0]]
+    crossed = _crossed_axis(state, block) if len(loops) > 1 else None
+    if crossed is not None:
+        _transposition(state, loops, crossed, machine)
+        return
+    last = loops.pop()
+    if _extent(state, last) >= lanes:
+        whole, lane = state.split(last, [None, lanes])
+        state.vectorize(lane)
+        loops.append(whole)
+    elif _extent(state, last) in (2, 4, 8):
+        state.vectorize(last)
+    else:
+        loops.append(last)
+    _parallel(state, loops, math.prod(extents) * 8, machine)
+
+
+def _crossed_axis(state: Any, block: Any) -> int | None:
+    """The axis along which something large is contiguous, when that is not the axis along which the block writes."""
+    body = state.get(block)
+    axes = [v.var for v in body.iter_vars]
+    for region in body.reads:
+        last = region.region[-1].min if region.region else None
+        for k, axis in enumerate(axes[:-1]):
+            if last is not None and last.same_as(axis) and len(region.region) > 1:
+                return k
+    return None
+
+
+def _transposition(state: Any, loops: Sequence[Any], crossed: int, machine: Machine) -> None:
+    """Blocks of one cache line by one vector, so that every line that is read or written is used up at once."""
+    lanes = machine.lanes
+    work = math.prod(_extent(state, x) for x in loops) * 8
+    outer, inner = list(loops), []
+    for k in (len(loops) - 1, crossed):
+        if _extent(state, loops[k]) > lanes:
+            outer[k], step = state.split(loops[k], [None, lanes])
+            inner.insert(0, step)
+        else:
+            outer.remove(loops[k])
+            inner.insert(0, loops[k])
+    state.reorder(*outer, *inner)
+    if _extent(state, inner[-1]) == lanes:
+        state.vectorize(inner[-1])
+    _parallel(state, outer, work, machine)
+
+
+def _is_linear(state: Any, block: Any) -> bool:
+    """All buffers are indexed by exactly the block's axes, so that fused loops walk them in order."""
+    body = state.get(block)
+    axes = [v.var for v in body.iter_vars]
+    for region in (*body.reads, *body.writes):
+        indices = [r.min for r in region.region]
+        if len(indices) != len(axes) or not all(i.same_as(v) for i, v in zip(indices, axes, strict=True)):
+            return False
+    return True
+
+
+def _reduction(state: Any, block: Any, machine: Machine) -> None:
+    """Vectors over the last kept axis when it is contiguous and long; partial sums in lanes when it is reduced."""
+    kinds, loops = _kinds(state, block), list(state.get_loops(block))
+    kept = [x for x, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
+    steps = [x for x, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
+    work = math.prod(_extent(state, x) for x in loops)
+    lanes = machine.lanes
+    if kept and _extent(state, kept[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=True):
+        whole, lane = state.split(kept.pop(), [None, lanes])
+        state.reorder(*kept, whole, *steps, lane)
+        state.vectorize(lane)
+        _parallel(state, [*kept, whole], work, machine)
+        state.decompose_reduction(block, steps[0])
+        return
+    if steps and _extent(state, steps[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=False):
+        _lane_sums(state, block, steps[-1], lanes)
+        return
+    _parallel(state, kept, work, machine)
+
+
+def _reads_last(state: Any, block: Any, *, kept_axis: bool) -> bool:
+    """The last index of everything that is read is the last kept (or the last reduced) axis."""
+    body = state.get(block)
+    kind = _SPATIAL if kept_axis else _REDUCE
+    axis = [v.var for v in body.iter_vars if int(v.iter_type) == kind][-1]
+    written = {region.buffer for region in body.writes}
+    reads = [region for region in body.reads if region.buffer not in written]
+    return bool(reads) and all(r.region and r.region[-1].min.same_as(axis) for r in reads)
+
+
+def _lane_sums(state: Any, block: Any, step: Any, lanes: int) -> None:
+    """Reduce into one partial result a lane, then reduce the lanes."""
+    _, lane = state.split(step, [None, lanes])
+    partial = state.rfactor(lane, factor_axis=0)
+    loops = state.get_loops(partial)
+    kinds = _kinds(state, partial)
+    # rfactor's block has the lane as its first axis; it becomes the innermost, vectorised loop.
+    vector = loops[-1]
+    assert kinds
+    outer = state.get_loops(block)
+    kept = [x for x, kind in zip(outer, _kinds(state, block), strict=True) if kind == _SPATIAL]
+    if kept:
+        state.compute_at(partial, kept[-1])
+        loops = state.get_loops(partial)
+        vector = next(x for x in loops if _extent(state, x) == lanes)
+    inner = [x for x in state.get_loops(partial)[len(kept) :] if not x.same_as(vector)]
+    state.reorder(*inner, vector)
+    state.vectorize(vector)
+    state.decompose_reduction(partial, inner[0])

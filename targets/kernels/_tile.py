@@ -1,0 +1,63 @@
+"""The register tile of a convolution or matrix product, chosen by a rule: same shape and machine, same tile."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from mc_opt.targets._machine import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What one pass over the reduction computes: `high` x `wide` positions of `columns` channels.
+
+    Attributes:
+        high: rows of output positions (1 for a matrix product).
+        wide: output positions in a row.
+        columns: output channels; a multiple of `vector`.
+        vector: lanes of one register.
+    """
+
+    high: int
+    wide: int
+    columns: int
+    vector: int
+
+    def annotation(self) -> dict[str, Any]:
+        """The tile as a block annotation, which survives fusion."""
+        return {"mc_tile": [self.high, self.wide, self.columns, self.vector]}
+
+
+def vector_width(columns: int, machine: Machine) -> int:
+    """Lanes that `columns` channels deserve: the machine's, or the power of two that holds them."""
+    return min(machine.lanes, 1 << max(columns - 1, 0).bit_length())
+
+
+def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
+    """The tile of least estimated time for `rows` x `width` positions of `columns` channels.
+
+    A step of the reduction loads high·wide scalars and the tile's registers of weights, and does their
+    product in fused multiply-adds: two of each a cycle, a latency of four cycles, and weights that come
+    from the second-level cache.
+    """
+    vector = vector_width(columns, machine)
+    limit = machine.registers - 4
+    vectors = math.ceil(columns / vector)
+    # Wider tiles than two registers stream weights faster than the second-level cache gives them
+    # (measured: 64 columns reach 80 % of 32); only few positions need them, to hide the latency.
+    widest = 2 if rows * width >= 4 else 8
+    best: tuple[float, int, Tile] | None = None
+    for held in range(1, min(widest, vectors) + 1):
+        for wide in range(1, min(width, limit // held) + 1):
+            for high in range(1, min(rows, limit // (held * wide)) + 1):
+                positions = wide * high
+                step = max(positions * held / 2, (positions + held) / 2, 4.0, 1.5 * held)
+                tiles = math.ceil(rows / high) * math.ceil(width / wide) * math.ceil(vectors / held)
+                tile = Tile(high, wide, held * vector, vector)
+                key = (tiles * (step + 0.25 * held), -positions * held, tile)
+                if best is None or key[:2] < best[:2]:
+                    best = key
+    assert best is not None
+    return best[2]

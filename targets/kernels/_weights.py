@@ -1,0 +1,46 @@
+"""Weights in the order in which a kernel reads them: packed while building, or by a kernel when they are dynamic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir
+from tvm import relax
+
+from mc_opt.targets._relax.emitter import Emitter
+from mc_opt.targets.kernels import _decode
+
+# weight [..] -> [tiles, .., columns]: a transposition with zero padding, for arrays of any type.
+Pack = Callable[[np.ndarray], np.ndarray]
+
+
+def packed(e: Emitter, value: onnx_ir.Value, pack: Pack) -> relax.Expr | None:
+    """The weight in the kernel's order, dense: a constant, or decoded from its codes by a kernel of its own.
+
+    Returns None for a weight that is computed by the model.
+    """
+    array = e.constant(value)
+    if array is not None:
+        return e.weight(pack(array))
+    lookup = e.lookup(value)
+    if lookup is None:
+        return None
+    return _decode.tiled(e, lookup, pack)
+
+
+def pad_to(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:
+    """The array with zeros appended along an axis up to a multiple."""
+    missing = -array.shape[axis] % multiple
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return np.pad(array, widths)
+
+
+def pack_columns(matrix: np.ndarray, columns: int) -> np.ndarray:
+    """matrix: [k, n] -> [n / columns, k, columns], the last tile filled up with zeros."""
+    k = matrix.shape[0]
+    padded = pad_to(matrix, 1, columns)
+    return np.ascontiguousarray(padded.reshape(k, -1, columns).transpose(1, 0, 2))

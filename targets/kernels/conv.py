@@ -1,0 +1,293 @@
+"""Convolution, channels last: weights packed into tiles of output channels, a register tile of positions.
+
+    y[n, p, o] = b[o] + Σ_k,i  x[n, p · stride + k · dilation, i] · w[o / c, k, i, o mod c]
+
+Padding is a kernel of its own, so that the planner owns its buffer; it also extends the input to whole
+tiles and repeats channels where a depthwise kernel has several outputs a channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from tvm import relax, te, tirx
+
+from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets.kernels import _tile, _weights
+from mc_opt.targets.kernels._tile import Tile
+
+# FuseOps takes element-wise consumers into a kernel of this pattern (relax.OpPatternKind: out-elementwise-fusable).
+FUSABLE = {"op_pattern": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The geometry of a sliding window over `rank` spatial axes; pads are (before, after) pairs."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+
+    def output(self, size: Sequence[int], *, ceil: bool = False) -> tuple[int, ...]:
+        """Output positions an axis for an input of `size`."""
+        result = []
+        for n, k, s, d, (before, after) in zip(size, self.kernel, self.strides, self.dilations, self.pads, strict=True):
+            free = n + before + after - d * (k - 1) - 1
+            count = (-(-free // s) if ceil else free // s) + 1
+            # ONNX drops a ceil_mode window that would start in the padding after the input.
+            if ceil and (count - 1) * s >= n + before:
+                count -= 1
+            result.append(count)
+        return tuple(result)
+
+
+def window(e: Emitter, node: onnx_ir.Node, kernel: Sequence[int], size: Sequence[int]) -> Window:
+    """Read the window's attributes of a node over an input of spatial `size`, auto_pad resolved."""
+    rank = len(kernel)
+    strides = e.attribute(node, "strides", (1,) * rank)
+    dilations = e.attribute(node, "dilations", (1,) * rank)
+    flat = e.attribute(node, "pads", (0,) * (2 * rank))
+    pads = tuple((flat[i], flat[rank + i]) for i in range(rank))
+    auto = e.attribute(node, "auto_pad", "NOTSET")
+    auto = auto.decode() if isinstance(auto, bytes) else auto
+    if auto == "VALID":
+        pads = ((0, 0),) * rank
+    elif auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads = tuple(
+            _same(n, k, s, d, upper=auto == "SAME_UPPER")
+            for n, k, s, d in zip(size, kernel, strides, dilations, strict=True)
+        )
+    return Window(tuple(kernel), tuple(strides), tuple(dilations), pads)
+
+
+def _same(n: int, k: int, s: int, d: int, *, upper: bool) -> tuple[int, int]:
+    total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+    return (total // 2, total - total // 2) if upper else (total - total // 2, total // 2)
+
+
+def padded(
+    e: Emitter, x: relax.Expr, before: Sequence[int], size: Sequence[int], *, channels: int, repeat: int = 1
+) -> relax.Expr:
+    """Puts x [n, *spatial, c] inside zeros: [n, *size, channels], its origin at `before`, each channel `repeat` times.
+
+    Returns x itself when nothing changes; positions of x beyond `size` are left out.
+    """
+    shape = [int(s) for s in x.ty.shape]
+    if not any(before) and list(size) == shape[1:-1] and channels == shape[-1] and repeat == 1:
+        return x
+    inside, available = shape[1:-1], shape[-1]
+
+    def pad(a: te.Tensor) -> te.Tensor:
+        def element(n: Any, *i: Any) -> Any:
+            *position, c = i
+            limits = []
+            for p, b, held, extent in zip(position, before, inside, size, strict=True):
+                if b:
+                    limits.append(p >= b)
+                if b + held < extent:
+                    limits.append(p < b + held)
+            if available * repeat < channels:
+                limits.append(c < available * repeat)
+            value = a(n, *[p - b for p, b in zip(position, before, strict=True)], c // repeat if repeat > 1 else c)
+            if not limits:
+                return value
+            return tirx.if_then_else(tirx.all(*limits), value, tirx.const(0, a.dtype))
+
+        return te.compute((shape[0], *size, channels), element, name="pad")
+
+    return e.te(pad, x, name="pad")
+
+
+def tile_of(positions: Sequence[int], columns: int, e: Emitter) -> Tile:
+    """The tile for output positions [.., rows, width]."""
+    rows = positions[-2] if len(positions) > 1 else 1
+    return _tile.choose(rows, positions[-1], columns, e.machine)
+
+
+def whole_tiles(positions: Sequence[int], tile: Tile) -> list[int]:
+    """The positions, the last two rounded up to whole tiles."""
+    result = list(positions)
+    result[-1] = -(-result[-1] // tile.wide) * tile.wide
+    if len(result) > 1:
+        result[-2] = -(-result[-2] // tile.high) * tile.high
+    return result
+
+
+def extended(shape: Sequence[int], w: Window, rounded: Sequence[int]) -> list[int]:
+    """The input size that `rounded` output positions read, at least the padded input where windows end inside it."""
+    return [(p - 1) * s + d * (k - 1) + 1 for p, s, d, k in zip(rounded, w.strides, w.dilations, w.kernel, strict=True)]
+
+
+def convolution(
+    e: Emitter,
+    x: relax.Expr,
+    weight: onnx_ir.Value,
+    bias: np.ndarray | relax.Expr | None,
+    *,
+    window: Window,
+    groups: int,
+    name: str,
+) -> relax.Expr:
+    """x: [n, *spatial, c], weight [o, c / groups, *kernel] -> [n, *positions, o]."""
+    shape = [int(s) for s in x.ty.shape]
+    o, per_group = e.shape(weight)[:2]
+    positions = window.output(shape[1:-1])
+    if groups > 1 and per_group == 1:
+        return _depthwise(e, x, weight, bias, window=window, positions=positions, name=name)
+    group_columns = o // groups
+    tile = tile_of(positions, group_columns, e)
+    if groups > 1 and group_columns % tile.columns:
+        tile = dataclasses.replace(tile, columns=_divisor(group_columns, tile), vector=1)
+        tile = dataclasses.replace(tile, vector=math.gcd(tile.columns, e.machine.lanes))
+    rounded = whole_tiles(positions, tile)
+    before = [p[0] for p in window.pads]
+    source = padded(e, x, before, _reach(shape, window, rounded), channels=shape[-1])
+    kernel = len(window.kernel)
+    pack = functools.partial(_pack, columns=tile.columns)
+    packed = _weights.packed(e, weight, pack)
+    if packed is None:
+        packed = e.te(functools.partial(_pack_te, columns=tile.columns), e.plain(weight), name="pack")
+
+    def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        tiles = int(b.shape[0])
+        reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(window.kernel)]
+        channel = te.reduce_axis((0, per_group), name="c")
+
+        def element(n: Any, *i: Any) -> Any:
+            *p, column = i
+            where = [q * s + k * d for q, s, k, d in zip(p, window.strides, reduce, window.dilations, strict=True)]
+            first = (column // group_columns) * per_group if groups > 1 else 0
+            w = b(column // tile.columns, *reduce, channel, column % tile.columns)
+            return te.sum(a(n, *where, first + channel) * w, axis=[*reduce, channel])
+
+        domain = (shape[0], *rounded, tiles * tile.columns)
+        total = te.compute(domain, element, name="mc_conv", attrs=tile.annotation())
+        return cut(total, (shape[0], *positions, o), *rest)
+
+    assert kernel == len(positions)
+    return fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+
+
+def cut(total: te.Tensor, shape: Sequence[int], *bias: te.Tensor) -> te.Tensor:
+    """The wanted part of whole tiles, plus a bias of the last axis."""
+    if bias:
+        return te.compute(tuple(shape), lambda *i: total(*i) + bias[0](i[-1]), name="mc_bias")
+    return te.compute(tuple(shape), lambda *i: total(*i), name="mc_cut")
+
+
+def fusable(e: Emitter, fn: Any, *args: relax.Expr, name: str) -> relax.Var:
+    """Emit a kernel whose element-wise consumers run on its register tile."""
+    return e.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=FUSABLE)
+
+
+def _depthwise(
+    e: Emitter,
+    x: relax.Expr,
+    weight: onnx_ir.Value,
+    bias: np.ndarray | relax.Expr | None,
+    *,
+    window: Window,
+    positions: Sequence[int],
+    name: str,
+) -> relax.Expr:
+    shape = [int(s) for s in x.ty.shape]
+    o = e.shape(weight)[0]
+    vector = _tile.vector_width(o, e.machine)
+    channels = -(-o // vector) * vector
+    wide = min(positions[-1], 8 if e.machine.registers > 16 else 4)
+    wide = min(range(1, wide + 1), key=lambda v: (-(-positions[-1] // v) * (v + 2), v))
+    tile = Tile(1, wide, vector, vector)
+    rounded = whole_tiles(positions, tile)
+    before = [p[0] for p in window.pads]
+    size = _reach(shape, window, rounded)
+    source = padded(e, x, before, size, channels=channels, repeat=o // shape[-1])
+    packed = _weights.packed(e, weight, functools.partial(_pack, columns=vector))
+    if packed is None:
+        packed = e.te(functools.partial(_pack_te, columns=vector), e.plain(weight), name="pack")
+
+    def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(window.kernel)]
+
+        def element(n: Any, *i: Any) -> Any:
+            *p, c = i
+            where = [q * s + k * d for q, s, k, d in zip(p, window.strides, reduce, window.dilations, strict=True)]
+            return te.sum(a(n, *where, c) * b(c // vector, *reduce, 0, c % vector), axis=reduce)
+
+        domain = (shape[0], *rounded, channels)
+        total = te.compute(domain, element, name="mc_depthwise", attrs=tile.annotation())
+        return cut(total, (shape[0], *positions, o), *rest)
+
+    return fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+
+
+def _reach(shape: Sequence[int], w: Window, rounded: Sequence[int]) -> list[int]:
+    """The spatial size to give the input: what the rounded positions read, or x as it is when it is enough."""
+    needed = extended(shape, w, rounded)
+    if any(p[0] for p in w.pads):
+        return needed
+    held = list(shape[1:-1])
+    return held if all(n <= h for n, h in zip(needed, held, strict=True)) else needed
+
+
+def _divisor(columns: int, tile: Tile) -> int:
+    """The largest number of columns not above the tile's that divides a group's."""
+    return max(d for d in range(1, tile.columns + 1) if columns % d == 0)
+
+
+def _bias(e: Emitter, bias: np.ndarray | relax.Expr | None) -> list[relax.Expr]:
+    if bias is None:
+        return []
+    return [e.weight(bias) if isinstance(bias, np.ndarray) else bias]
+
+
+def _pack(weight: np.ndarray, *, columns: int) -> np.ndarray:
+    """weight: [o, i, *kernel] -> [o / columns, *kernel, i, columns]."""
+    filled = _weights.pad_to(weight, 0, columns)
+    tiles = filled.reshape(-1, columns, *weight.shape[1:])
+    rank = weight.ndim - 2
+    return np.ascontiguousarray(tiles.transpose(0, *range(3, 3 + rank), 2, 1))
+
+
+def _pack_te(weight: te.Tensor, *, columns: int) -> te.Tensor:
+    """`_pack` for a weight that the model computes."""
+    o, i, *kernel = (int(s) for s in weight.shape)
+    tiles = -(-o // columns)
+
+    def element(t: Any, *rest: Any) -> Any:
+        *k, c, column = rest
+        row = t * columns + column
+        return tirx.if_then_else(row < o, weight(row, c, *k), tirx.const(0, weight.dtype))
+
+    return te.compute((tiles, *kernel, i, columns), element, name="pack")
+
+
+def conv(e: Emitter, node: onnx_ir.Node) -> None:
+    """Conv of any rank, with groups, strides, dilations and paddings."""
+    x, weight, *rest = node.inputs
+    assert x is not None and weight is not None
+    shape = e.shape(x)
+    geometry = window(e, node, e.shape(weight)[2:], shape[2:])
+    bias = rest[0] if rest else None
+    given = None if bias is None else e.constant(bias)
+    if bias is not None and given is None:
+        given = e.plain(bias)
+    y = convolution(
+        e,
+        e.nhwc(x),
+        weight,
+        given,
+        window=geometry,
+        groups=int(e.attribute(node, "group", 1)),
+        name="conv",
+    )
+    e.set(node.outputs[0], y, "nhwc")
+
+
+HANDLERS: dict[str, Handler] = {"Conv": conv}

@@ -1,0 +1,211 @@
+"""Matrix products of any size: both operands in the order of the register tile, tails filled up with zeros.
+
+    y[.., m, n] = α Σ_k a[.., m, k] · b[.., n / c, k, n mod c] + β bias
+
+A constant right operand is packed while building; one that the model computes is packed by a kernel of
+its own, into which FuseOps puts a transposition before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from tvm import relax, te, tirx
+
+from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets.kernels import _tile, _weights, lookup_gemv
+from mc_opt.targets.kernels._tile import Tile
+from mc_opt.targets.kernels.conv import fusable
+
+
+def product(
+    e: Emitter,
+    a: relax.Expr,
+    b: relax.Expr,
+    bias: relax.Expr | None,
+    *,
+    tile: Tile,
+    columns: int,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    name: str = "gemm",
+) -> relax.Expr:
+    """a: [.., m, k], b packed [.., n / c, k, c] (leading axes of length 1 broadcast) -> [.., m, n]."""
+    *lead_a, m, depth = (int(s) for s in a.ty.shape)
+    lead_b = [int(s) for s in b.ty.shape][:-3]
+    rank = max(len(lead_a), len(lead_b))
+    lead_a, lead_b = [1] * (rank - len(lead_a)) + lead_a, [1] * (rank - len(lead_b)) + lead_b
+    lead = [max(p, q) if 0 not in (p, q) else 0 for p, q in zip(lead_a, lead_b, strict=True)]
+    rows = -(-m // tile.wide) * tile.wide
+    source = _rows(e, a, rows)
+    skip_a, skip_b = rank - (len(a.ty.shape) - 2), rank - (len(b.ty.shape) - 3)
+
+    def compute(x: te.Tensor, w: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        k = te.reduce_axis((0, depth), name="k")
+
+        def element(*i: Any) -> Any:
+            *outer, row, column = i
+            at = [0 if s == 1 else q for q, s in zip(outer, lead_a, strict=True)][skip_a:]
+            bt = [0 if s == 1 else q for q, s in zip(outer, lead_b, strict=True)][skip_b:]
+            return te.sum(
+                x(*at, row, k) * w(*bt, column // tile.columns, k, column % tile.columns),
+                axis=k,
+            )
+
+        tiles = int(w.shape[-3])
+        total = te.compute((*lead, rows, tiles * tile.columns), element, name="mc_gemm", attrs=tile.annotation())
+        return _epilogue(total, (*lead, m, columns), rest, alpha, beta)
+
+    arguments = [source, b] if bias is None else [source, b, bias]
+    return fusable(e, compute, *arguments, name=name)
+
+
+def _epilogue(
+    total: te.Tensor, shape: Sequence[int], bias: Sequence[te.Tensor], alpha: float, beta: float
+) -> te.Tensor:
+    def element(*i: Any) -> Any:
+        value = total(*i)
+        if alpha != 1.0:
+            value = value * tirx.const(alpha, total.dtype)
+        if not bias:
+            return value
+        extents = [int(s) for s in bias[0].shape]
+        index = [0 if s == 1 else q for q, s in zip(i[len(i) - len(extents) :], extents, strict=True)]
+        added = bias[0](*index)
+        return value + (added if beta == 1.0 else added * tirx.const(beta, total.dtype))
+
+    return te.compute(tuple(shape), element, name="mc_bias" if bias else "mc_cut")
+
+
+def _rows(e: Emitter, a: relax.Expr, rows: int) -> relax.Expr:
+    """a: [.., m, k] with rows of zeros appended up to `rows`."""
+    *lead, m, k = (int(s) for s in a.ty.shape)
+    if rows == m:
+        return a
+
+    def fill(x: te.Tensor) -> te.Tensor:
+        def element(*i: Any) -> Any:
+            return tirx.if_then_else(i[-2] < m, x(*i), tirx.const(0, x.dtype))
+
+        return te.compute((*lead, rows, k), element, name="rows")
+
+    return e.te(fill, a, name="rows")
+
+
+def pack_dynamic(e: Emitter, b: relax.Expr, columns: int, *, transposed: bool = False) -> relax.Expr:
+    """b: [.., k, n] (or [.., n, k]) that the model computes -> [.., n / columns, k, columns]."""
+    *lead, k, n = (int(s) for s in b.ty.shape)
+    if transposed:
+        k, n = n, k
+    tiles = -(-n // columns)
+
+    def pack(x: te.Tensor) -> te.Tensor:
+        def element(*i: Any) -> Any:
+            *outer, t, row, c = i
+            column = t * columns + c
+            value = x(*outer, column, row) if transposed else x(*outer, row, column)
+            if n % columns == 0:
+                return value
+            return tirx.if_then_else(column < n, value, tirx.const(0, x.dtype))
+
+        return te.compute((*lead, tiles, k, columns), element, name="pack")
+
+    return e.te(pack, b, name="pack")
+
+
+def _flip(e: Emitter, a: relax.Expr) -> relax.Expr:
+    """Exchanges the last two axes of a."""
+    *lead, m, k = (int(s) for s in a.ty.shape)
+    return e.te(
+        lambda x: te.compute((*lead, k, m), lambda *i: x(*i[:-2], i[-1], i[-2]), name="transpose"), a, name="transpose"
+    )
+
+
+def right_operand(
+    e: Emitter, value: onnx_ir.Value, tile: Tile, *, transposed: bool = False, scale: float = 1.0
+) -> relax.Expr:
+    """The packed right operand of a product."""
+
+    def pack(array: np.ndarray) -> np.ndarray:
+        matrix = np.swapaxes(array, -1, -2) if transposed else array
+        if matrix.ndim == 2:
+            return _weights.pack_columns(matrix, tile.columns)
+        flat = matrix.reshape(-1, *matrix.shape[-2:])
+        packed = np.stack([_weights.pack_columns(m, tile.columns) for m in flat])
+        return packed.reshape(*matrix.shape[:-2], *packed.shape[1:])
+
+    array = e.constant(value)
+    if array is not None and scale != 1.0:
+        return e.weight(pack(array * np.asarray(scale, array.dtype)))
+    packed = _weights.packed(e, value, pack) if len(e.shape(value)) == 2 or array is not None else None
+    if packed is not None:
+        return packed
+    return pack_dynamic(e, e.plain(value), tile.columns, transposed=transposed)
+
+
+def matmul(e: Emitter, node: onnx_ir.Node) -> None:
+    """MatMul with numpy's broadcasting; a right matrix shared by a batch is one product of all rows."""
+    left, right = node.inputs[0], node.inputs[1]
+    assert left is not None and right is not None
+    shape_a, shape_b = e.shape(left), e.shape(right)
+    out = _result_shape(shape_a, shape_b)
+    a = e.plain(left)
+    if len(shape_a) == 1:
+        a = e.reshape(a, (1, shape_a[0]))
+    rows = [int(s) for s in a.ty.shape]
+    if len(shape_b) == 1:
+        b = e.reshape(e.plain(right), (shape_b[0], 1))
+        tile = _tile.choose(1, rows[-2], 1, e.machine)
+        y = product(e, a, pack_dynamic(e, b, tile.columns), None, tile=tile, columns=1)
+        e.set(node.outputs[0], e.reshape(y, out))
+        return
+    columns = shape_b[-1]
+    if len(shape_b) == 2 and rows[-2] < 4 and math.prod(rows[:-2]) > 1:
+        a = e.reshape(a, (math.prod(rows[:-1]), rows[-1]))
+        rows = [int(s) for s in a.ty.shape]
+    y = None
+    if len(shape_b) == 2 and math.prod(rows[:-1]) <= lookup_gemv.MOST_ROWS:
+        y = lookup_gemv.product(e, a, right, None)
+    if y is None:
+        tile = _tile.choose(1, rows[-2], columns, e.machine)
+        y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns)
+    e.set(node.outputs[0], e.reshape(y, out))
+
+
+def _result_shape(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    """The shape of numpy's matmul: vectors lose the axis that they were given for the product."""
+    lead = np.broadcast_shapes(tuple(a[:-2]), tuple(b[:-2]))
+    return (*lead, *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
+
+
+def gemm(e: Emitter, node: onnx_ir.Node) -> None:
+    """Gemm: α A' B' + β C, with A and B as they are or transposed."""
+    left, right, *rest = node.inputs
+    assert left is not None and right is not None
+    trans_a, trans_b = (bool(e.attribute(node, key, 0)) for key in ("transA", "transB"))
+    alpha, beta = float(e.attribute(node, "alpha", 1.0)), float(e.attribute(node, "beta", 1.0))
+    a = _flip(e, e.plain(left)) if trans_a else e.plain(left)
+    m, columns = int(a.ty.shape[0]), e.shape(right)[0 if trans_b else 1]
+    bias = None
+    if rest and rest[0] is not None and beta != 0.0:
+        array = e.constant(rest[0])
+        if array is None:
+            bias = e.plain(rest[0])
+        else:
+            bias = e.weight(array if beta == 1.0 else array * np.asarray(beta, array.dtype))
+            beta = 1.0
+    y = None
+    if m <= lookup_gemv.MOST_ROWS and alpha == 1.0 and beta == 1.0:
+        y = lookup_gemv.product(e, a, right, bias, transposed=trans_b)
+    if y is None:
+        tile = _tile.choose(1, m, columns, e.machine)
+        b = right_operand(e, right, tile, transposed=trans_b)
+        y = product(e, a, b, bias, tile=tile, columns=columns, alpha=alpha, beta=beta)
+    e.set(node.outputs[0], y)
+
+
+HANDLERS: dict[str, Handler] = {"MatMul": matmul, "Gemm": gemm}

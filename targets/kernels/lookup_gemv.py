@@ -1,0 +1,123 @@
+"""Products of few rows with packed weights: codes are decoded in registers and never stored dense.
+
+    y[m, n] = s[n] · Σ_k a[m, k] · codebook[code[k, n]] + bias[n]
+
+Reading the weights is what such a product costs; the codes are an eighth of them at 4 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import onnx_ir
+from tvm import relax, tirx
+from tvm.script.ir_builder import tirx as T
+
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax.emitter import Emitter
+from mc_opt.targets.kernels import _decode, _loops, _weights
+from mc_opt.targets.kernels._decode import Table, Tiles
+from mc_opt.targets.kernels._loops import Buffer, Expr
+
+# Above this many rows decoding once and multiplying from the dense tiles is faster.
+MOST_ROWS = 4
+
+
+def product(
+    e: Emitter, a: relax.Expr, weight: onnx_ir.Value, bias: relax.Expr | None, *, transposed: bool = False
+) -> relax.Expr | None:
+    """a: [.., m, k], weight: a Lookup of shape [k, n] (or [n, k]) -> [.., m, n]; None when no such kernel fits."""
+    lookup = e.lookup(weight)
+    if lookup is None or str(a.ty.dtype) != "float32":
+        return None
+    shape = [int(s) for s in a.ty.shape]
+    n = lookup.shape[0 if transposed else 1]
+    rows = math.prod(shape[:-1])
+    if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
+        return None
+    vectors = min(4, -(-n // e.machine.lanes))
+    columns = vectors * e.machine.lanes
+
+    def pack(array: np.ndarray) -> np.ndarray:
+        return _weights.pack_columns(array.T if transposed else array, columns)
+
+    tiles = _decode.arrange(lookup, pack, e.machine)
+    if tiles is None or not _decode.registers_of(tiles, e.machine):
+        return None
+    arrays = [x for x in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if x is not None]
+    arguments = [(x.shape, str(x.dtype)) for x in arrays]
+    inputs = [e.reshape(a, (rows, shape[-1])), *[e.weight(x) for x in arrays]]
+    if bias is not None:
+        inputs.append(e.reshape(bias, (n,)))
+        arguments.append(((n,), "float32"))
+    body = functools.partial(_body, tiles, e.machine, rows, n, bias is not None)
+    function = _loops.kernel([((rows, shape[-1]), "float32"), *arguments, ((rows, n), "float32")], body, name="lookup")
+    e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}")
+    result = e.call(function, inputs, [((rows, n), "float32")], name="lookup_gemv")[0]
+    return e.reshape(result, (*shape[:-1], n))
+
+
+def _body(
+    tiles: Tiles,
+    machine: Machine,
+    rows: int,
+    n: int,
+    has_bias: bool,
+    a: Buffer,
+    words: Buffer,
+    codebook: Buffer,
+    *rest: Buffer,
+) -> None:
+    *extra, out = rest
+    bias = extra.pop() if has_bias else None
+    scale = extra.pop(0) if tiles.scale is not None else None
+    offset = extra.pop(0) if tiles.offset is not None else None
+    group = extra.pop(0) if tiles.group is not None else None
+    lanes, per, depth, columns = tiles.lanes, tiles.per, tiles.depth, tiles.shape[-1]
+    vectors = columns // lanes
+    # One scale a column multiplies the sum, not each weight.
+    late = scale is not None and offset is None and group is None
+    table = Table(tiles, machine, codebook)
+
+    def step(sums: Buffer, t: Expr, w: Expr, number: int) -> None:
+        for j in range(number):
+            k = w * per + j
+            g = 0 if group is None else group[k]
+            for v in range(vectors):
+                value = table.value(_loops.load(words, t, v, w, 0, lanes=lanes), j, t, v, g)
+                if scale is not None and not late:
+                    value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
+                if offset is not None:
+                    value = value + _loops.load(offset, t, g, v * lanes, lanes=lanes)
+                for m in range(rows):
+                    at = (m * vectors + v) * lanes
+                    term = value * _loops.splat(a[m, k], lanes)
+                    _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
+
+    def tile(t: Expr, width: int) -> None:
+        sums = _loops.registers(rows * vectors, lanes)
+        for v in range(rows * vectors):
+            _loops.store(sums, _loops.splat(0.0, lanes), v * lanes, lanes=lanes)
+        if depth // per:
+            with T.serial(0, depth // per) as w:
+                step(sums, t, w, per)
+        if depth % per:
+            step(sums, t, tirx.const(depth // per, "int32"), depth % per)
+        for m in range(rows):
+            for start, count, size in _loops.split(width, lanes):
+                for c in range(start, start + count * size, size):
+                    value = _loops.load(sums, m * columns + c, lanes=size)
+                    if late:
+                        value = value * _loops.load(scale, t, 0, c, lanes=size)
+                    if bias is not None:
+                        value = value + _loops.load(bias, t * columns + c, lanes=size)
+                    _loops.store(out, value, m, t * columns + c, lanes=size)
+
+    whole = n // columns
+    if whole:
+        with _loops.each(whole, machine, work=rows * n * depth) as t:
+            tile(t, columns)
+    if n % columns:
+        tile(tirx.const(whole, "int32"), n % columns)
