@@ -97,13 +97,15 @@ def codebook_kind(shape: tuple[int, ...]) -> str:
     return "s" if len(shape) == 1 else kind(shape[0], shape[1])
 
 
-def to_grid(op: Body, flat: onnx_ir.Value, grid: Grid, *, operands: Mapping[str, onnx_ir.Value]) -> onnx_ir.Value:
-    """Lay the R·K elements out in the form of the grid."""
+def to_grid(
+    op: Body, flat: onnx_ir.Value, grid: Grid, *, operands: Mapping[str, onnx_ir.Value], shape: onnx_ir.Value
+) -> onnx_ir.Value:
+    """Lay the R·K elements out in the form of the grid; `shape` is the weight's, as a tensor."""
     form = grid.form
     if form == "flat":
         return op.Reshape(flat, op.constant([-1]))
     if form == "short":
-        return op.Reshape(flat, op.Concat(op.constant([-1]), _columns(op, grid), axis=0))
+        return op.Reshape(flat, op.Concat(op.constant([-1]), columns(op, grid, shape), axis=0))
     finest = next(operands[name] for name, k in grid.kinds.items() if k == form[0])
     if form == "rows":
         return op.Reshape(flat, op.Concat(op.Shape(finest, start=0, end=1), op.constant([-1]), axis=0))
@@ -111,18 +113,18 @@ def to_grid(op: Body, flat: onnx_ir.Value, grid: Grid, *, operands: Mapping[str,
     return op.Reshape(flat, op.Concat(op.constant([-1]), op.Shape(finest, start=1, end=2), size, axis=0))
 
 
-def _columns(op: Body, grid: Grid) -> onnx_ir.Value:
+def columns(op: Body, grid: Grid, shape: onnx_ir.Value) -> onnx_ir.Value:
     """K as a tensor [1]."""
     geometry = grid.geometry
     others = op.constant(geometry.perm[len(geometry.axes) :])
-    return op.ReduceProd(op.Gather(op.ints("shape"), others), keepdims=1)
+    return op.ReduceProd(op.Gather(shape, others), keepdims=1)
 
 
 class Spread:
     """Lays an operand [R|1, G|1] out so that it broadcasts against elements in the form of the grid."""
 
-    def __init__(self, op: Body, grid: Grid) -> None:
-        self.op, self.grid = op, grid
+    def __init__(self, op: Body, grid: Grid, shape: onnx_ir.Value) -> None:
+        self.op, self.grid, self.shape = op, grid, shape
         self._group: onnx_ir.Value | None = None
 
     def __call__(self, operand: onnx_ir.Value, kind: str) -> onnx_ir.Value:
@@ -137,16 +139,17 @@ class Spread:
         """[K]: the group of each column; made once for a body."""
         if self._group is None:
             op = self.op
-            columns = op.Squeeze(_columns(op, self.grid))
-            self._group = op.Div(op.Range(op.constant(0), columns, op.constant(1)), op.int("group_size"))
+            count = op.Squeeze(columns(op, self.grid, self.shape))
+            self._group = op.Div(op.Range(op.constant(0), count, op.constant(1)), op.int("group_size"))
         return self._group
 
 
-def book_offsets(op: Body, codebook: onnx_ir.Value) -> onnx_ir.Value:
-    """codebook: [R|1, G|1, n] -> [R|1, G|1] int32: where each codebook starts when they stand one after another."""
-    entries = op.Squeeze(op.Shape(codebook, start=2))
-    starts = op.Range(op.constant(0), op.Size(codebook), entries)
-    return op.Reshape(op.Cast(starts, to=onnx_ir.DataType.INT32), op.Shape(codebook, end=2))
+def book_numbers(op: Body, codebook: onnx_ir.Value) -> onnx_ir.Value:
+    """codebook: [R|1, G|1, n] -> [R|1, G|1] int32: the number of each codebook."""
+    extent = op.Shape(codebook, end=2)
+    count = op.ReduceProd(extent, keepdims=0)
+    numbers = op.Cast(op.Range(op.constant(0), count, op.constant(1)), to=onnx_ir.DataType.INT32)
+    return op.Reshape(numbers, extent)
 
 
 def from_grid(op: Body, values: onnx_ir.Value, grid: Grid, shape: onnx_ir.Value) -> onnx_ir.Value:

@@ -112,8 +112,8 @@ class Lookup(Op):
         if grid.geometry.count % 8:
             codes = op.Slice(codes, op.constant([0]), op.ReduceProd(shape, keepdims=1))
         codes = op.Cast(codes, to=onnx_ir.DataType.INT32)
-        codes = grids.to_grid(op, codes, grid, operands=op.inputs)
-        spread = grids.Spread(op, grid)
+        codes = grids.to_grid(op, codes, grid, operands=op.inputs, shape=shape)
+        spread = grids.Spread(op, grid, shape)
         w = self._gather(op, codes, grid.kinds["codebook"], spread)
         for name, combine in (("scale", op.Mul), ("offset", op.Add)):
             if name not in grid.kinds:
@@ -129,7 +129,8 @@ class Lookup(Op):
         if kind == "s":
             return op.Gather(codebook, codes)
         if kind != "t":
-            codes = op.Add(codes, spread(grids.book_offsets(op, codebook), kind))
+            entries = op.Cast(op.Shape(codebook, start=2), to=onnx_ir.DataType.INT32)
+            codes = op.Add(codes, op.Mul(spread(grids.book_numbers(op, codebook), kind), entries))
         return op.Gather(op.Reshape(codebook, op.constant([-1])), codes)
 
     def types(self, node: onnx_ir.Node) -> list[Type]:
