@@ -157,7 +157,7 @@ class _Walk:
         for use in uses:
             found = axes[use]
             if found is None:
-                return Skip(f"also used by {_title(use[0])}")
+                return Skip(f"also used by {_title(use[0])}{self._foldable(use[0])}")
             if isinstance(found, Skip):
                 return found
         return self._site(value, heavy, {use: a for use, a in axes.items() if isinstance(a, tuple)})
@@ -178,7 +178,14 @@ class _Walk:
     def _judge_other(self, value: onnx_ir.Value, uses: list[tuple[onnx_ir.Node, int]]) -> Skip | None:
         if value.dtype not in FLOATS or not _is_matrix(value) or all(is_ours(node) for node, _ in uses):
             return None
-        return Skip(f"used by {_title(uses[0][0])}, which is no matrix product")
+        user = uses[0][0]
+        return Skip(f"used by {_title(user)}{self._foldable(user) or ', which is no matrix product'}")
+
+    def _foldable(self, node: onnx_ir.Node) -> str:
+        """What to add when a node's result is constant: it stands between the weight and its real use."""
+        if _is_pure(node) and node.outputs and self._is_constant(node.outputs[0]):
+            return ", whose result is constant; run fold-constants first"
+        return ""
 
     def _judge_computed(self, value: onnx_ir.Value) -> Skip | None:
         producer = value.producer()

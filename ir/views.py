@@ -1,0 +1,139 @@
+"""Questions about a model that a graph library answers: cycles, reach, longest path.
+
+A view has a vertex for every node of the main graph and its subgraphs, by the node's name, and an edge
+for every value that one takes from another. What a subgraph computes flows into the node that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import networkx as nx
+import onnx_ir
+
+from mc_opt.ir.errors import IRError
+
+
+def graph_of(model: onnx_ir.Model) -> nx.DiGraph:
+    """The model's nodes as vertices (attributes `op_type`, `node`), its values as edges (attribute `values`: names)."""
+    view: nx.DiGraph = nx.DiGraph()
+    titles = titles_of(model)
+    for node, title in titles.items():
+        view.add_node(title, op_type=node.op_type, node=node)
+    for node, title in titles.items():
+        for value in node.inputs:
+            if value is not None and (producer := value.producer()) in titles and producer is not None:
+                _connect(view, titles[producer], title, value.name or "?")
+        for graph in subgraphs(node):
+            for inner in graph:
+                # The holder waits for everything inside it, and its outputs come from there.
+                _connect(view, titles[inner], title, ", ".join(o.name or "?" for o in inner.outputs))
+    return view
+
+
+def titles_of(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
+    """A different name for every node: its own, or what it makes when it has none or another node has it."""
+    titles: dict[onnx_ir.Node, str] = {}
+    taken: set[str] = set()
+    for node in model.graph.all_nodes():
+        base = node.name or next((o.name for o in node.outputs if o.name), None) or node.op_type
+        title, number = base, 1
+        while title in taken:
+            number += 1
+            title = f"{base}#{number}"
+        taken.add(title)
+        titles[node] = title
+    return titles
+
+
+def subgraphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
+    """The graphs that a node holds: branches, loop bodies."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == onnx_ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == onnx_ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _connect(view: nx.DiGraph, source: str, target: str, value: str) -> None:
+    if view.has_edge(source, target):
+        values = view.edges[source, target]["values"]
+        view.edges[source, target]["values"] = values if value in values else (*values, value)
+    else:
+        view.add_edge(source, target, values=(value,))
+
+
+def find_cycle(model: onnx_ir.Model) -> tuple[str, ...] | None:
+    """The node names along a shortest cycle, from the first in the model's order, or None."""
+    found = list(cycles(model))
+    return min(found, key=len) if found else None
+
+
+def cycles(model: onnx_ir.Model) -> Iterator[tuple[str, ...]]:
+    """A shortest cycle of every knot (strongly connected component) of the graph."""
+    view = graph_of(model)
+    order = {name: i for i, name in enumerate(view)}
+    for knot in nx.strongly_connected_components(view):
+        if len(knot) == 1 and not any(view.has_edge(name, name) for name in knot):
+            continue
+        yield _shortest_cycle(view.subgraph(knot), order)
+
+
+def _shortest_cycle(knot: nx.DiGraph, order: dict[str, int]) -> tuple[str, ...]:
+    best: list[str] = []
+    for name in sorted(knot, key=order.__getitem__):
+        # No search goes deeper than the best cycle so far, so a large knot costs no more than its short cycles.
+        reach = nx.single_source_shortest_path(knot, name, cutoff=len(best) - 2 if best else None)
+        closing = [reach[previous] for previous in knot.predecessors(name) if previous in reach]
+        best = min([*closing, *([best] if best else [])], key=len, default=best)
+        if len(best) == 1:
+            break
+    start = best.index(min(best, key=order.__getitem__))
+    return tuple(best[start:] + best[:start])
+
+
+def upstream(view: nx.DiGraph, name: str) -> frozenset[str]:
+    """Every node that `name` depends on."""
+    _known(view, [name])
+    return frozenset(nx.ancestors(view, name))
+
+
+def downstream(view: nx.DiGraph, name: str) -> frozenset[str]:
+    """Every node that depends on `name`."""
+    _known(view, [name])
+    return frozenset(nx.descendants(view, name))
+
+
+def path_between(view: nx.DiGraph, source: str, target: str) -> tuple[str, ...] | None:
+    """The node names along a shortest path, or None when `target` does not depend on `source`."""
+    _known(view, [source, target])
+    if not nx.has_path(view, source, target):
+        return None
+    return tuple(cast("list[str]", nx.shortest_path(view, source, target)))
+
+
+def longest_path(view: nx.DiGraph) -> tuple[str, ...]:
+    """The node names along a longest chain: the model's depth.
+
+    Raises:
+        IRError: when the graph has a cycle.
+    """
+    if not nx.is_directed_acyclic_graph(view):
+        raise IRError("the graph has a cycle, expected none; ir.find_cycle names it")
+    return tuple(cast("list[str]", nx.dag_longest_path(view, weight=None, default_weight=1)))
+
+
+def consumers_of(view: nx.DiGraph, name: str) -> tuple[tuple[str, str], ...]:
+    """(value, node) for every value of `name` that a node takes."""
+    _known(view, [name])
+    edges: Any = view.out_edges(name, data="values")
+    return tuple((value, target) for _, target, values in edges for value in values)
+
+
+def _known(view: nx.DiGraph, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in view:
+            raise IRError(f"{name}: the model has no node of this name; `mc-opt inspect` lists them")
