@@ -109,7 +109,8 @@ def view(proto: onnx.TensorProto, data: memoryview | bytes) -> onnx_ir.TensorPro
 
 def nbytes(proto: onnx.TensorProto) -> int:
     """The bytes that the elements of `proto` take as raw data."""
-    return math.ceil(math.prod(proto.dims) * int(onnx_ir.DataType(proto.data_type).bitwidth) / 8)
+    bits: int = onnx_ir.DataType(proto.data_type).bitwidth
+    return math.ceil(math.prod(proto.dims) * bits / 8)
 
 
 def describe(proto: onnx.TensorProto) -> str:

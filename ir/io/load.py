@@ -63,12 +63,23 @@ def load_model(
     Raises:
         IRError: the file cannot be read, is no ONNX model, or is not a model that works.
     """
-    path = Path(path)
-    model = read_model(path)
+    model = read_model(Path(path))
     source = model.meta[SOURCE]
-    LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=_LIFTED_SIZE)(model)
-    model = lift(model, str(path))
+    model = prepare(model, str(path), shapes=shapes, check=check)
     model.meta[SOURCE] = source
+    return model
+
+
+def prepare(
+    model: onnx_ir.Model,
+    where: str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    check: Check = "full",
+) -> onnx_ir.Model:
+    """Bring a model that was read or captured to the form that passes work on; see `load_model`."""
+    LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=_LIFTED_SIZE)(model)
+    model = lift(model, where)
     _name_nodes(model)
     if shapes:
         fix_shapes(model, shapes)
@@ -76,7 +87,7 @@ def load_model(
         infer_shapes(model)
     match check:
         case "full":
-            check_finite(model, str(path))
+            check_finite(model, where)
         case "structure":
             pass
         case _:

@@ -15,6 +15,8 @@ from mc_opt.ir.io.weightless import graphs, walk, weightless
 _SHAPE = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*|scalar)")
 # What exporters write for "not known": two of them need not be equal.
 _ANONYMOUS = {None, "", "?", "-1", "None"}
+# Height, width, length of a sequence, samples of a signal.
+_SIZES = ((224, 224, 64, 576), (48, 192, 64, 512), (32, 320, 128, 1024), (640, 640, 256, 16000))
 _BATCH = re.compile(r"b|n|bs|.*batch.*", re.IGNORECASE)
 _SPACE = re.compile(r"h|w|.*(height|width).*", re.IGNORECASE)
 
@@ -74,11 +76,11 @@ def _check(value: onnx_ir.Value, name: str, dims: tuple[int, ...], numbers: dict
     if value.shape is None:
         return
     if len(dims) != len(value.shape):
-        raise IRError(f"{text}: {len(dims)} dimensions, but the input is {_describe(value)}; give {len(value.shape)}")
+        raise IRError(f"{text}: {len(dims)} dimensions, but the input is {describe(value)}; give {len(value.shape)}")
     for axis, (number, old) in enumerate(zip(dims, value.shape, strict=True)):
         if isinstance(old, int):
             if old != number:
-                raise IRError(f"{text}: dimension {axis} is {number}, but the input is {_describe(value)}; give {old}")
+                raise IRError(f"{text}: dimension {axis} is {number}, but the input is {describe(value)}; give {old}")
         elif old.value not in _ANONYMOUS and numbers.setdefault(str(old.value), number) != number:
             raise IRError(
                 f"{text}: dimension {old.value!r} is {number} here and {numbers[str(old.value)]} elsewhere; "
@@ -140,43 +142,47 @@ def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
 
 
 def shape_advice(model: onnx_ir.Model) -> str | None:
-    """The `--shape` options that would make every input static, to paste; None when all are static.
+    """The `--shape` options that make every input static, to paste; None when all are static.
 
-    The numbers are examples: the first set that shape inference accepts.
+    The numbers are examples, see `example_shapes`; the caller should say so.
     """
-    if all(_is_static(v) for v in model.graph.inputs):
-        return None
-    chosen = _example(model, 224, 224, 64)
-    for height, width, length in ((224, 224, 64), (48, 192, 576), (32, 320, 512), (640, 640, 128), (224, 224, 16000)):
-        candidate = _example(model, height, width, length)
-        if _fits(model, candidate):
-            chosen = candidate
-            break
-    return " ".join(f"--shape {_quote(format_shape(name, dims))}" for name, dims in chosen.items())
+    shapes = example_shapes(model)
+    return " ".join(f"--shape {_quote(format_shape(name, dims))}" for name, dims in shapes.items()) or None
 
 
-def _example(model: onnx_ir.Model, height: int, width: int, length: int) -> dict[str, tuple[int, ...]]:
+def example_shapes(model: onnx_ir.Model) -> dict[str, tuple[int, ...]]:
+    """Static shapes for the inputs that lack them: a guess that shape inference accepts, or else just a guess."""
+    candidates = [_example(model, *sizes) for sizes in _SIZES]
+    return next((c for c in candidates if c and _fits(model, c)), candidates[0])
+
+
+def _example(model: onnx_ir.Model, height: int, width: int, length: int, signal: int) -> dict[str, tuple[int, ...]]:
     numbers: dict[str, int] = {}
     example = {}
     for value in model.graph.inputs:
-        if _is_static(value) or value.shape is None:
+        if is_static(value) or value.shape is None:
             continue
-        rank = len(value.shape)
+        # A float matrix with an open second axis is a signal, an integer one a text.
+        is_float = value.dtype is not None and value.dtype.is_floating_point()
+        last = signal if is_float and len(value.shape) <= 2 else length
         dims = []
         for axis, dim in enumerate(value.shape):
             if isinstance(dim, int):
                 dims.append(dim)
                 continue
             name = "" if dim.value in _ANONYMOUS else str(dim.value)
-            number = _guess(name, axis, rank, (height, width, length))
+            number = _guess(name, axis, value.shape, (height, width, last))
             dims.append(numbers.setdefault(name, number) if name else number)
         example[value.name or ""] = tuple(dims)
     return example
 
 
-def _guess(name: str, axis: int, rank: int, sizes: tuple[int, int, int]) -> int:
+def _guess(name: str, axis: int, shape: onnx_ir.Shape, sizes: tuple[int, int, int]) -> int:
     height, width, length = sizes
-    if (axis == 0 and rank > 1) or _BATCH.fullmatch(name):
+    rank = len(shape)
+    # Layers × batch × units: the state of a recurrent net.
+    state = rank == 3 and axis == 1 and isinstance(shape[0], int) and isinstance(shape[2], int)
+    if (axis == 0 and rank > 1) or state or _BATCH.fullmatch(name):
         return 1
     if _SPACE.fullmatch(name) or (rank == 4 and axis >= 2):
         return width if axis == rank - 1 else height
@@ -196,7 +202,8 @@ def _fits(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return True
 
 
-def _is_static(value: onnx_ir.Value) -> bool:
+def is_static(value: onnx_ir.Value) -> bool:
+    """Whether every dimension of the value is a number."""
     return value.shape is not None and all(isinstance(d, int) for d in value.shape)
 
 
@@ -204,10 +211,11 @@ def _quote(text: str) -> str:
     return text if re.fullmatch(r"[\w.=/:+-]+", text) else f"'{text}'"
 
 
-def _describe(value: onnx_ir.Value) -> str:
+def describe(value: onnx_ir.Value) -> str:
+    """Type and shape of a value, as in `FLOAT[batch,3,224,224]`."""
     dims = [] if value.shape is None else [str(d) if isinstance(d, int) else str(d.value or "?") for d in value.shape]
     return f"{value.dtype.name if value.dtype else 'untyped'}[{','.join(dims)}]"
 
 
 def _list(model: onnx_ir.Model) -> str:
-    return ", ".join(f"{v.name} {_describe(v)}" for v in model.graph.inputs) or "none"
+    return ", ".join(f"{v.name} {describe(v)}" for v in model.graph.inputs) or "none"
