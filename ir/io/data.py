@@ -290,33 +290,28 @@ def _draw(
         return lambda rng: np.asarray(rng.integers(0, 2, shape)).astype(bool)
     if "mask" in str(value.name).lower():
         return lambda rng: np.ones(shape, dtype.numpy())
-    choices = _compared(value)
-    if choices:
-        return lambda rng: np.asarray(rng.choice(choices, shape)).astype(dtype.numpy())
-    bound = min(_bound(value), 1 << (dtype.bitwidth - 1))
-    return lambda rng: np.asarray(rng.integers(0, bound, shape)).astype(dtype.numpy())
+    choices = _choices(value)
+    return lambda rng: np.asarray(rng.choice(choices, shape)).astype(dtype.numpy())
 
 
-def _bound(value: onnx_ir.Value) -> int:
-    """One more than the largest number that the input may hold: the rows of the smallest table that it indexes."""
-    bounds = []
+def _choices(value: onnx_ir.Value) -> range | list[int]:
+    """The numbers that an integer input is made for: rows of the tables that it indexes, or what it is compared to."""
+    rows: list[int] = []
+    compared: set[int] = set()
     for node, slot in _readers(value):
         table = node.inputs[0]
         if node.op_type == "Gather" and slot == 1 and table is not None and table.shape is not None:
-            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-            rows = table.shape[axis]
-            bounds += [rows] if isinstance(rows, int) else []
+            length = table.shape[node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
+            rows += [length] if isinstance(length, int) else []
         elif node.op_type == "OneHot" and slot == 0:
-            bounds += [int(n) for n in _constant(node.inputs[1])]
-    return max(1, min(bounds, default=_INT_BOUND))
-
-
-def _compared(value: onnx_ir.Value) -> list[int]:
-    """The constants that a scalar input is compared with: the values that it is made for."""
-    if value.shape is None or len(value.shape):
-        return []
-    pairs = [(node, slot) for node, slot in _readers(value) if node.op_type == "Equal"]
-    return sorted({int(n) for node, slot in pairs for n in _constant(node.inputs[1 - slot])})
+            rows += [int(n) for n in _constant(node.inputs[1])]
+        elif node.op_type == "Equal":
+            compared.update(int(n) for n in _constant(node.inputs[1 - slot]))
+    if rows:
+        return range(max(1, min(rows)))
+    # A sequence compared with one number looks for padding; with many, it is made one-hot.
+    scalar = value.shape is not None and not len(value.shape)
+    return sorted(compared) if compared and (scalar or len(compared) > 1) else range(_INT_BOUND)
 
 
 def _readers(value: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, int]]:

@@ -109,8 +109,8 @@ def view(proto: onnx.TensorProto, data: memoryview | bytes) -> onnx_ir.TensorPro
 
 def nbytes(proto: onnx.TensorProto) -> int:
     """The bytes that the elements of `proto` take as raw data."""
-    bits: int = onnx_ir.DataType(proto.data_type).bitwidth
-    return math.ceil(math.prod(proto.dims) * bits / 8)
+    count: int = math.prod(proto.dims)
+    return math.ceil(count * onnx_ir.DataType(proto.data_type).bitwidth / 8)
 
 
 def describe(proto: onnx.TensorProto) -> str:
