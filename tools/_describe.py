@@ -31,8 +31,9 @@ def entry(name: str, kind: type) -> dict[str, Any]:
 
 def _fields(kind: type) -> list[dataclasses.Field[Any]]:
     """A class's own options first, then those that every one has."""
-    own = [f for f in dataclasses.fields(kind) if f.name in vars(kind).get("__annotations__", {})]
-    return own + [f for f in dataclasses.fields(kind) if f not in own]
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    own = [known[name] for name in vars(kind).get("__annotations__", {}) if name in known]
+    return own + [f for f in known.values() if f not in own]
 
 
 def _option(kind: type, field: dataclasses.Field[Any]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_passes_come_from_their_files(mc_opt: Run) -> None:
     one = mc_opt("passes", "denseshift").out
     assert "bits" in one and "group_size" in one and "4" in one
     (entry,) = json.loads(mc_opt("passes", "denseshift", "--json").out)
-    assert [o["name"] for o in entry["options"]][0] == "bits"
+    assert entry["options"][0]["name"] == "bits"
 
 
 def test_targets_come_from_their_files(mc_opt: Run) -> None:
