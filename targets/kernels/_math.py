@@ -7,6 +7,7 @@ units in the last place of the exact value; infinities and NaN behave as in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -47,6 +48,16 @@ def clamp(x: Expr, low: float, high: float) -> Expr:
     return tirx.Select(below < constant(low, x), constant(low, x), below)
 
 
+def bind(x: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """Returns body(x) with x computed once.
+
+    Expressions are trees to every later pass: without a name, an argument that is used five times in
+    each of three nested functions would be compiled 125 times.
+    """
+    name = tirx.Var("x", type_of(x))
+    return tirx.Let(name, x, body(name))
+
+
 def _integer_type(dtype: str) -> str:
     return dtype.replace("float", "int")
 
@@ -59,35 +70,59 @@ def _power_of_two(n: Expr, like: Expr) -> Expr:
 
 def exp(x: Expr) -> Expr:
     """Returns e^x: 2^n · e^r with |r| ≤ ln 2 / 2; denormal results and overflow to infinity included."""
-    x = clamp(x, _EXP_LOWEST, _EXP_HIGHEST)
+    return bind(x, _exp)
+
+
+def _exp(x: Expr) -> Expr:
+    return bind(clamp(x, _EXP_LOWEST, _EXP_HIGHEST), lambda x: _exp_scaled(x, _power_in_two_steps))
+
+
+def _exp_scaled(x: Expr, power: Callable[[Expr, Expr], Expr]) -> Expr:
     whole = tirx.floor(x * constant(_LOG2_E, x) + constant(0.5, x))
-    r = x - whole * constant(_LN2_HIGH, x) - whole * constant(_LN2_LOW, x)
+    return bind(whole, lambda n: _exp_rest(x, n) * power(n.astype(_integer_type(type_of(x))), x))
+
+
+def _exp_rest(x: Expr, whole: Expr) -> Expr:
+    return bind(x - whole * constant(_LN2_HIGH, x) - whole * constant(_LN2_LOW, x), _exp_polynomial)
+
+
+def _exp_polynomial(r: Expr) -> Expr:
     p = polynomial(r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5))
-    value = p * r * r + r + constant(1.0, r)
-    n = whole.astype(_integer_type(type_of(x)))
+    return p * r * r + r + constant(1.0, r)
+
+
+def _power_in_two_steps(n: Expr, like: Expr) -> Expr:
     # Two factors, for n reaches from -150 to 128 and one exponent field does not.
     half = n >> tirx.const(1, type_of(n))
-    return value * _power_of_two(half, x) * _power_of_two(n - half, x)
+    return _power_of_two(half, like) * _power_of_two(n - half, like)
 
 
 def exp_not_positive(x: Expr) -> Expr:
     """Returns e^x for x ≤ 0 (softmax after its maximum): results below 2^-126 become 0."""
-    x = tirx.Select(x < constant(-87.0, x), constant(-87.0, x), x)
-    whole = tirx.floor(x * constant(_LOG2_E, x) + constant(0.5, x))
-    r = x - whole * constant(_LN2_HIGH, x) - whole * constant(_LN2_LOW, x)
-    p = polynomial(r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5))
-    value = p * r * r + r + constant(1.0, r)
-    return value * _power_of_two(whole.astype(_integer_type(type_of(x))), x)
+    return bind(x, _exp_not_positive)
+
+
+def _exp_not_positive(x: Expr) -> Expr:
+    lowest = constant(-87.0, x)
+    return bind(tirx.Select(x < lowest, lowest, x), lambda x: _exp_scaled(x, _power_of_two))
 
 
 def sigmoid(x: Expr) -> Expr:
     """Returns 1 / (1 + e^-x)."""
+    return bind(x, _sigmoid)
+
+
+def _sigmoid(x: Expr) -> Expr:
     one = constant(1.0, x)
     return one / (one + exp(constant(0.0, x) - x))
 
 
 def tanh(x: Expr) -> Expr:
     """Returns tanh x: an odd polynomial below 0.625, (1 - e^-2|x|) / (1 + e^-2|x|) above."""
+    return bind(x, _tanh)
+
+
+def _tanh(x: Expr) -> Expr:
     square = x * x
     p = polynomial(
         square,
@@ -98,13 +133,17 @@ def tanh(x: Expr) -> Expr:
     one = constant(1.0, x)
     # Beyond 10 the result is 1 in float32; the clamp keeps a NaN.
     e = exp_not_positive(constant(-2.0, x) * clamp(size, 0.0, 10.0))
-    large = (one - e) / (one + e)
-    signed = tirx.Select(x < constant(0.0, x), constant(0.0, x) - large, large)
-    return tirx.Select(size < constant(0.625, x), small, signed)
+    large = bind(e, lambda e: (one - e) / (one + e))
+    large = bind(large, lambda large: tirx.Select(x < constant(0.0, x), constant(0.0, x) - large, large))
+    return tirx.Select(size < constant(0.625, x), small, large)
 
 
 def erf(x: Expr) -> Expr:
     """Returns erf x as x · P(x²) / Q(x²) on |x| ≤ 4, beyond which float32 holds ±1."""
+    return bind(x, _erf)
+
+
+def _erf(x: Expr) -> Expr:
     x = clamp(x, -4.0, 4.0)
     square = x * x
     p = polynomial(
@@ -134,11 +173,19 @@ def erf(x: Expr) -> Expr:
 
 def gelu(x: Expr) -> Expr:
     """Returns x/2 · (1 + erf(x / √2))."""
+    return bind(x, _gelu)
+
+
+def _gelu(x: Expr) -> Expr:
     return constant(0.5, x) * x * (constant(1.0, x) + erf(x * constant(0.7071067811865476, x)))
 
 
 def gelu_tanh(x: Expr) -> Expr:
     """Returns the tanh form of GELU (ONNX `approximate="tanh"`)."""
+    return bind(x, _gelu_tanh)
+
+
+def _gelu_tanh(x: Expr) -> Expr:
     inner = constant(0.7978845608028654, x) * (x + constant(0.044715, x) * x * x * x)
     return constant(0.5, x) * x * (constant(1.0, x) + tanh(inner))
 
@@ -148,14 +195,32 @@ def log(x: Expr) -> Expr:
 
     0 gives -inf, a negative number NaN; denormal arguments are treated as the least normal number.
     """
+    return bind(x, _log)
+
+
+def _log(x: Expr) -> Expr:
     least = constant(1.1754943508222875e-38, x)
-    safe = tirx.Select(x < least, least, x)
-    bits = tirx.reinterpret(_integer_type(type_of(x)), safe)
-    n = type_of(bits)
-    offset = bits - tirx.const(0x3F3504F3, n)
-    exponent = offset >> tirx.const(23, n)
-    mantissa = tirx.reinterpret(type_of(x), bits - (exponent << tirx.const(23, n)))
-    f = mantissa - constant(1.0, x)
+    bits = tirx.reinterpret(_integer_type(type_of(x)), tirx.Select(x < least, least, x))
+    value = bind(bits, lambda bits: _log_of_bits(bits, x))
+    infinity = constant(float("inf"), x)
+    value = tirx.Select(x >= infinity, infinity, value)
+    value = tirx.Select(x <= constant(0.0, x), constant(float("-inf"), x), value)
+    value = tirx.Select(x < constant(0.0, x), constant(float("nan"), x), value)
+    return tirx.Select(tirx.isnan(x), x, value)
+
+
+def _log_of_bits(bits: Expr, x: Expr) -> Expr:
+    shift = tirx.const(23, type_of(bits))
+    exponent = (bits - tirx.const(0x3F3504F3, type_of(bits))) >> shift
+
+    def value(exponent: Expr) -> Expr:
+        mantissa = tirx.reinterpret(type_of(x), bits - (exponent << shift))
+        return bind(mantissa - constant(1.0, x), lambda f: _log_polynomial(f, exponent.astype(type_of(x))))
+
+    return bind(exponent, value)
+
+
+def _log_polynomial(f: Expr, e: Expr) -> Expr:
     p = polynomial(
         f,
         (
@@ -170,18 +235,15 @@ def log(x: Expr) -> Expr:
             3.3333331174e-1,
         ),
     )
-    e = exponent.astype(type_of(x))
-    tail = f * f * f * p + e * constant(-2.12194440e-4, x) - constant(0.5, x) * f * f
-    value = f + tail + e * constant(0.693359375, x)
-    infinity = constant(float("inf"), x)
-    value = tirx.Select(x >= infinity, infinity, value)
-    value = tirx.Select(x <= constant(0.0, x), constant(float("-inf"), x), value)
-    value = tirx.Select(x < constant(0.0, x), constant(float("nan"), x), value)
-    return tirx.Select(tirx.isnan(x), x, value)
+    tail = f * f * f * p + e * constant(-2.12194440e-4, f) - constant(0.5, f) * f * f
+    return f + tail + e * constant(0.693359375, f)
 
 
 def softplus(x: Expr) -> Expr:
     """Returns ln(1 + e^x) as max(x, 0) + ln(1 + e^-|x|)."""
+    return bind(x, _softplus)
+
+
+def _softplus(x: Expr) -> Expr:
     zero = constant(0.0, x)
     return tirx.Select(x > zero, x, zero) + log(constant(1.0, x) + exp(zero - tirx.abs(x)))
-
