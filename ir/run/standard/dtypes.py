@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +86,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 def widened(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` computed in int64 when its first input is uint16, uint32 or uint64; the result wraps around."""
 
-    @functools.wraps(function)
+    # Not functools.wraps: with the name of a torch function torch.fx would print, and run, that function itself.
     def compute(x: Any, *rest: Any, **attributes: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.dtype not in _STORED_ONLY:
             return function(x, *rest, **attributes)
@@ -95,6 +94,8 @@ def widened(function: Callable[..., Any]) -> Callable[..., Any]:
         result = function(wide(x), *inputs, **attributes)
         return result if result.dtype is torch.bool else result.to(x.dtype)
 
+    compute.__name__ = f"widened_{function.__name__}"
+    compute.__wrapped__ = function  # type: ignore[attr-defined]  # its signature checks attributes
     return compute
 
 

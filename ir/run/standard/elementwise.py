@@ -23,32 +23,20 @@ def _power(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.pow(x, y).to(x.dtype)
 
 
-def _variadic(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(function)
-    def fold(*inputs: torch.Tensor) -> torch.Tensor:
-        return functools.reduce(function, inputs)
-
-    return fold
-
-
-@_variadic
-def _add_all(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a + b
-
-
-@_variadic
-def _largest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(a, b)
-
-
-@_variadic
-def _smallest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.minimum(a, b)
+def _sum(*inputs: torch.Tensor) -> torch.Tensor:
+    return functools.reduce(torch.add, inputs)
 
 
 def _mean(*inputs: torch.Tensor) -> torch.Tensor:
-    total: torch.Tensor = _add_all(*inputs)
-    return total / len(inputs)
+    return _sum(*inputs) / len(inputs)
+
+
+def _largest(*inputs: torch.Tensor) -> torch.Tensor:
+    return functools.reduce(torch.maximum, inputs)
+
+
+def _smallest(*inputs: torch.Tensor) -> torch.Tensor:
+    return functools.reduce(torch.minimum, inputs)
 
 
 def _clip(x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor | None = None) -> torch.Tensor:
@@ -227,7 +215,7 @@ HANDLERS: dict[str, Callable[..., torch.Tensor]] = {
     "Softsign": softsign,
     "Sqrt": torch.sqrt,
     "Sub": widened(torch.sub),
-    "Sum": _add_all,
+    "Sum": _sum,
     "Swish": _swish,
     "Tan": torch.tan,
     "Tanh": torch.tanh,
