@@ -61,6 +61,7 @@ class Context:
     Attributes:
         target: where the model will run; None when that is open.
         data: real inputs (a re-iterable stream of samples); None when there are none.
+        states: recurrent states of random inputs, output name to input name; real data brings its own.
         reference: the model as it came in; `run` sets it.
         seed: of every random choice: `np.random.default_rng(ctx.seed)`.
         memory_limit: bytes; checks that would need more are skipped, with a line in the report.
@@ -73,6 +74,7 @@ class Context:
 
     target: Target | None = None
     data: ir.Data | None = None
+    states: Mapping[str, str] = field(default_factory=dict)
     reference: onnx_ir.Model | None = None
     seed: int = 0
     memory_limit: int = MEMORY_LIMIT

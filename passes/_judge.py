@@ -28,8 +28,9 @@ class Judge:
     def __init__(self, original: onnx_ir.Model, ctx: Context, fixed: Mapping[str, np.ndarray]) -> None:
         """Open the original; `fixed` holds values of inputs that a later pass makes constant."""
         self._fixed = fixed
-        self._data = ctx.data if ctx.data is not None else ir.seeded_data(original, SAMPLES, ctx.seed)
-        self._states = dict(getattr(self._data, "states", {}) or {})
+        given = ctx.data
+        self._data = ir.seeded_data(original, SAMPLES, ctx.seed, states=ctx.states) if given is None else given
+        self._states = self._data.states
         self._inputs = frozenset(str(v.name) for v in original.graph.inputs)
         self._original = self._open(original)
         self._previous = self._original

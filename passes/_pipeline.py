@@ -16,7 +16,7 @@ from mc_opt import ir
 from mc_opt.passes._base import Check, Context, Log, Pass, PassError
 from mc_opt.passes._instrument import Bytes, Dump, Instrument, Timing
 from mc_opt.passes._judge import Judge
-from mc_opt.passes._report import LayerReport, PassReport, Report, Source, Unchecked
+from mc_opt.passes._report import File, LayerReport, PassReport, Report, Source, Unchecked
 from mc_opt.passes._size import changed_layers, sites, size_of, values_by_name
 from mc_opt.passes._spec import Pipeline, RecipeError, Step
 
@@ -72,7 +72,8 @@ def run(
     _verify(model, ctx.check)
     timing = Timing()
     state = _Run(ctx, _clone(model), [timing, Bytes(), *([Dump(dump)] if dump else []), *instruments])
-    state.open_judge(model, _fixed_inputs(model, steps))
+    if steps:
+        state.open_judge(model, _fixed_inputs(model, steps))
     for number, step in enumerate(steps):
         ctx.progress(number, len(steps), step.rewrite.name)
         state.take(step)
@@ -121,23 +122,23 @@ class _Run:
     checks: list[str] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.checks.append("structure: names, types, topological order, our ops; before and after every pass")
+        if self.ctx.check == "full":
+            self.checks.append("onnx.checker, before and after every pass")
+        else:
+            self.unchecked.append(Unchecked("onnx.checker", "--check structure"))
+
     def open_judge(self, original: onnx_ir.Model, fixed: Mapping[str, np.ndarray]) -> None:
         """Prepare the check of numbers, or record why there is none."""
-        self.checks.append("structure: names, types, topological order, our ops, after every pass")
-        if self.ctx.check == "structure":
-            self.unchecked += [
-                Unchecked("onnx.checker", "--check structure"),
-                Unchecked("run in ONNX Runtime, drift, numbers of exact passes", "--check structure"),
-            ]
-            return
-        self.checks.append("onnx.checker, after every pass")
         what = "run in ONNX Runtime, drift, numbers of exact passes"
+        if self.ctx.check == "structure":
+            self.unchecked.append(Unchecked(what, "--check structure"))
+            return
         size = size_of(original)
         need = _COPIES * max(size.weight_bytes, 4 * size.parameters)  # ONNX Runtime decodes packed weights
         if need > self.ctx.memory_limit:
-            reason = f"needs about {_gib(need)}, the memory limit is {_gib(self.ctx.memory_limit)}"
-            self.unchecked.append(Unchecked(what, reason))
-            self.warnings.append(f"{what}: not checked: {reason}")
+            self._no_judge(what, f"needs about {_gib(need)}, the memory limit is {_gib(self.ctx.memory_limit)}")
             return
         try:
             self.judge = Judge(original, self.ctx, fixed)
@@ -167,7 +168,7 @@ class _Run:
         log = Log()
         new = _clone(self.model)
         try:
-            for instrument in self.instruments:
+            for instrument in reversed(self.instruments):  # the clock is the first: it starts last and stops first
                 instrument.before(bound, self.model)
             rewrites = _rewrite(bound, new, dataclasses.replace(self.ctx, log=log), before)
             if rewrites:
@@ -195,7 +196,7 @@ class _Run:
         name = step.rewrite.name
         self.names |= {site.layer: str(site.value.name) for site in sites(self.model)}
         if rewrites:
-            self.layers += changed_layers(self.names, self.model, new, name)
+            self.layers += changed_layers(self.names, self.model, new, rewritten_by=name, position=len(self.passes))
         else:
             self.warnings.append(_nothing(name, log.skips))
         if judged.get("broken"):
@@ -318,7 +319,8 @@ def _source(model: onnx_ir.Model) -> Source:
     facts = model.meta.get("mc_opt.source")
     if facts is None:
         return Source(opset=model.opset_imports.get("", 0))
-    return Source(Path(facts.path).name, facts.sha256, facts.bytes, facts.opset or 0)
+    external = tuple(File(location, digest, size) for location, size, digest in facts.external)
+    return Source(Path(facts.path).name, facts.sha256, facts.bytes, facts.opset or 0, external)
 
 
 def _nothing(name: str, skips: Mapping[str, str]) -> str:

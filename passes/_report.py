@@ -16,6 +16,15 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True)
+class File:
+    """A file, by its path in its folder."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Source:
     """The model as it came in: `name` is the file's name without folders; empty for a model in memory."""
 
@@ -23,6 +32,7 @@ class Source:
     sha256: str = ""
     bytes: int = 0
     opset: int = 0
+    external: tuple[File, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class LayerReport:
         bytes_before: what the weight took before the pass, everything that it is computed from counted.
         bytes_after: what it takes after it; a tensor shared with a layer further up counts there.
         bits: stored bits an element after the pass.
+        position: the place of the pass in `Report.passes`, from 0 on.
     """
 
     layer: str
@@ -61,6 +72,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     bits: float
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,15 +101,6 @@ class PassReport:
     columns: Mapping[str, Any] = field(default_factory=dict)
     drift: Mapping[str, Any] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file of the output folder; `path` is relative to it."""
-
-    path: str
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Report:
     checks: tuple[str, ...] = ()
     unchecked: tuple[Unchecked, ...] = ()
     targets: tuple[TargetReport, ...] = ()
-    outputs: tuple[OutputFile, ...] = ()
+    outputs: tuple[File, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain dicts, lists, texts and numbers; floats have 6 digits, NaN and infinity become None."""

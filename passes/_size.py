@@ -86,7 +86,7 @@ def stored(value: onnx_ir.Value) -> list[onnx_ir.Value] | None:
 
 
 def changed_layers(
-    names: dict[str, str], old: onnx_ir.Model, new: onnx_ir.Model, rewritten_by: str
+    names: dict[str, str], old: onnx_ir.Model, new: onnx_ir.Model, *, rewritten_by: str, position: int
 ) -> tuple[LayerReport, ...]:
     """The rows of the layer table that a pass adds: one for each layer whose stored weight it changed.
 
@@ -95,6 +95,7 @@ def changed_layers(
         old: the model before the pass.
         new: the model after it.
         rewritten_by: the pass.
+        position: its place in the pipeline.
     """
     before, after = values_by_name(old), values_by_name(new)
     counted: set[onnx_ir.Value] = set()
@@ -103,7 +104,7 @@ def changed_layers(
         if name not in before or name not in after:
             continue
         was, now = stored(before[name]), stored(after[name])
-        if was is None or now is None or [v.const_value for v in was] == [v.const_value for v in now]:
+        if was is None or now is None or [id(v.const_value) for v in was] == [id(v.const_value) for v in now]:
             continue
         own = [v for v in now if v not in counted]
         counted.update(own)
@@ -118,6 +119,7 @@ def changed_layers(
                 bytes_before=_nbytes(was),
                 bytes_after=bytes_after,
                 bits=8 * bytes_after / elements if elements else 0.0,
+                position=position,
             )
         )
     return tuple(rows)

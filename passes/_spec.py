@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,8 +40,9 @@ class Step:
     def toml(self) -> str:
         """The step as a `[[pass]]` table."""
         lines = ["[[pass]]", f"name = {json.dumps(self.rewrite.name)}"]
+        typed = {f.name: getattr(self.rewrite, f.name) for f in fields(self.rewrite)}
         for key, text in self.rewrite.options().items():
-            lines.append(f"{_toml_key(key)} = {_toml(getattr(self.rewrite, key, text))}")
+            lines.append(f"{_toml_key(key)} = {_toml(typed.get(key, text))}")
         for glob, options in self.overrides:
             lines.append(f"[pass.layer.{json.dumps(glob, ensure_ascii=False)}]")
             lines += [f"{_toml_key(key)} = {_toml(value)}" for key, value in options.items()]
