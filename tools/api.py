@@ -1,0 +1,142 @@
+"""The functions of the public API: what `import mc_opt` offers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir
+
+from mc_opt import ir, passes, targets
+from mc_opt.passes import Pass, Pipeline, Report
+from mc_opt.targets import Target
+from mc_opt.tools.driver import Request, compile_model
+
+if TYPE_CHECKING:
+    from mc_opt.targets import Artefact
+
+
+def capture(module: Any, example: Any = None, *, dynamic_shapes: Any = None) -> onnx_ir.Model:
+    """A model from a torch module, an fx GraphModule or an ExportedProgram (needs torch; BatchNorm is kept).
+
+    Args:
+        module: what to capture.
+        example: inputs to trace with: a tensor, a tuple or a dict by name; nothing for an ExportedProgram.
+        dynamic_shapes: open dimensions, as `torch.export.export` takes them.
+    """
+    return ir.capture(module, example, dynamic_shapes=dynamic_shapes)
+
+
+def load_model(path: str | os.PathLike[str], *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> onnx_ir.Model:
+    """Read an ONNX file, checked and lifted to opset 21 or newer; `shapes` fixes symbolic dimensions."""
+    return ir.load_model(Path(path), shapes=shapes)
+
+
+def save_model(model: onnx_ir.Model, path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Write a model, atomically and read back; return the files written, the model first.
+
+    Args:
+        model: the model.
+        path: a file that ends in `.onnx`, or a folder for `model.onnx`. Weights of 64 MiB or more lie beside it.
+    """
+    return ir.save_model(model, Path(path)).paths
+
+
+def compress(
+    model: onnx_ir.Model | str | os.PathLike[str],
+    recipe: str | Pipeline | Sequence[Pass],
+    *,
+    target: str | Target | None = None,
+    data: ir.Data | str | os.PathLike[str] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    check: passes.Check = "full",
+    seed: int = 0,
+    memory_limit: int = passes.MEMORY_LIMIT,
+    allow_scripts: bool = False,
+) -> tuple[onnx_ir.Model, Report]:
+    """Run passes over a model; the model that is given stays as it is.
+
+    Args:
+        model: a model or the path of an ONNX file.
+        recipe: `"fold-batch-norm,denseshift{bits=3}"`, a Pipeline, or pass objects.
+        target: where the model will run, for passes that ask.
+        data: real inputs for the checks and for passes that need some.
+        shapes: input name to shape; fixes symbolic dimensions.
+        check: `"full"` runs the models in ONNX Runtime, `"structure"` reads no weights.
+        seed: of every random choice.
+        memory_limit: bytes above which checks that load all weights are skipped.
+        allow_scripts: whether a pass may run a Python file that the recipe names.
+
+    Returns:
+        The new model and the report.
+
+    Raises:
+        OptionError: an unknown pass or option.
+        IRError: the model or the data is wrong.
+        PassError: a pass failed, or an exact pass moved the numbers.
+    """
+    request = Request(
+        model=_model(model),
+        pipeline=_pipeline(recipe),
+        targets=tuple(t for t in (_target(target),) if t is not None),
+        shapes=shapes or {},
+        data=Path(data) if isinstance(data, str | os.PathLike) else data,
+        check=check,
+        seed=seed,
+        memory_limit=memory_limit,
+        allow_scripts=allow_scripts,
+    )
+    outcome = compile_model(request)
+    return outcome.model, outcome.report
+
+
+def build(
+    model: onnx_ir.Model | str | os.PathLike[str],
+    target: str | Target | Sequence[str | Target],
+    out: str | os.PathLike[str],
+    *,
+    check: passes.Check = "full",
+) -> Report:
+    """Build a model for one or more targets into the folder `out`, beside its ONNX file and its report.
+
+    Args:
+        model: a model or the path of an ONNX file.
+        target: `"x86"`, `"x86{cpu=x86-64-v3}"`, a Target, or several.
+        out: the folder; an earlier output there is replaced.
+        check: as in `compress`.
+    """
+    several = [target] if isinstance(target, str | Target) else target
+    chosen = [made for item in several for made in (targets.parse_targets(item) if isinstance(item, str) else [item])]
+    return compile_model(Request(model=_model(model), targets=tuple(chosen), out=Path(out), check=check)).report
+
+
+def load(out: str | os.PathLike[str], target: str | None = None) -> Artefact:
+    """The built artefact of an output folder, ready to run.
+
+    Loading it executes the native code in the folder: load only what you built or trust.
+
+    Args:
+        out: the output folder.
+        target: which target; the one that this machine runs if None.
+    """
+    return targets.load_artefact(Path(out), target)
+
+
+def _model(model: onnx_ir.Model | str | os.PathLike[str]) -> onnx_ir.Model | Path:
+    return Path(model) if isinstance(model, str | os.PathLike) else model
+
+
+def _pipeline(recipe: str | Pipeline | Sequence[Pass]) -> Pipeline:
+    match recipe:
+        case str():
+            return Pipeline.parse(recipe)
+        case Pipeline():
+            return recipe
+        case _:
+            return Pipeline.of(*recipe)
+
+
+def _target(target: str | Target | None) -> Target | None:
+    return targets.parse_target(target) if isinstance(target, str) else target

@@ -1,0 +1,238 @@
+"""One run from a file to an output folder: load, compress, save, build, report; all of it appears, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from mc_opt import ir, passes, targets
+from mc_opt.passes import Context, PassError, Pipeline, Report, Store
+
+MODEL = "model.onnx"
+REPORT = "report.json"
+TIMINGS = "timings.json"
+DUMP = "ir"
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile and how.
+
+    Attributes:
+        model: an ONNX file, or a model in memory; None with `from_torch`.
+        from_torch: `package.module:factory`; the factory returns (module, example) or an ExportedProgram.
+        pipeline: the passes.
+        targets: what to build beside the ONNX file, at most one of a name.
+        out: the output folder; None compresses and writes nothing.
+        shapes: input name to shape; fixes symbolic dimensions at load, before the first pass.
+        data: real inputs: a stream, an npz file or a folder of them.
+        states: recurrent states, output name to input name.
+        check: `full` or `structure`.
+        seed: of every random choice.
+        memory_limit: bytes above which checks that load all weights are skipped.
+        allow_scripts: whether passes may run Python files.
+        stop_after: the last pass to run.
+        dump: whether to write the model as text after each pass, into `ir/` of the output folder.
+        dry_run: only find out which layers match and what they would take; nothing is written.
+    """
+
+    model: Path | str | onnx_ir.Model | None = None
+    from_torch: str = ""
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    targets: tuple[targets.Target, ...] = ()
+    out: Path | str | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    data: ir.Data | Path | str | None = None
+    states: Mapping[str, str] = field(default_factory=dict)
+    check: passes.Check = "full"
+    seed: int = 0
+    memory_limit: int = passes.MEMORY_LIMIT
+    allow_scripts: bool = False
+    stop_after: str | None = None
+    dump: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made: the model, its report, the seconds of each stage, and the folder if one was written."""
+
+    model: onnx_ir.Model
+    report: Report
+    timings: Mapping[str, Any]
+    out: Path | None = None
+
+
+class _Stages:
+    """Seconds of each stage of a run."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a block, and tell that it begins."""
+        self.tell(0, 0, name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Pass a step on to whoever watches; total 0 when it is not known."""
+        if self._progress is not None:
+            self._progress(done, total, what)
+
+
+def compile_model(request: Request, progress: Progress | None = None) -> Outcome:
+    """Do everything that a request asks for.
+
+    Raises:
+        OptionError: a wrong name, option or folder.
+        IRError: the model or the data does not fit (TargetError: a target cannot build it).
+        PassError: a pass failed, or a check did.
+        LimitError: memory or disk is full.
+    """
+    _check_targets(request.targets)
+    stages = _Stages(progress)
+    if request.out is None or request.dry_run:
+        return _compress(_loaded(request, stages), stages, Store(), dump=None)
+    out = Path(request.out)
+    with ir.staged_folder(out) as folder:
+        # Big tensors live on the disk of the output folder: the system's temporary folder may be memory.
+        request = _loaded(request, stages)
+        outcome = _compress(request, stages, Store(folder), dump=folder / DUMP if request.dump else None)
+        outcome = _write(request, outcome, folder, stages)
+    return dataclasses.replace(outcome, out=out)
+
+
+def load(request: Request) -> onnx_ir.Model:
+    """The model of a request, with its shapes fixed."""
+    match request.model:
+        case onnx_ir.Model():
+            model = request.model
+        case None if request.from_torch:
+            model = ir.from_torch(request.from_torch)
+        case None:
+            raise ir.OptionError("no model was named; give an ONNX file, or --from-torch package.module:factory")
+        case path:
+            return ir.load_model(path, shapes=request.shapes, check=request.check)
+    if request.shapes:
+        model = model.clone()
+        ir.fix_shapes(model, request.shapes)
+    return model
+
+
+def _check_targets(chosen: tuple[targets.Target, ...]) -> None:
+    names = [target.name for target in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ir.OptionError(f"target {name!r} is given twice; each goes into a folder of its name, give it once")
+
+
+def _loaded(request: Request, stages: _Stages) -> Request:
+    """The request with the model and the data read."""
+    with stages.stage("load"):
+        model = load(request)
+        data = request.data
+        if isinstance(data, str | os.PathLike):
+            data = ir.load_data(data, model, states=request.states)
+    return dataclasses.replace(request, model=model, data=data)
+
+
+def _compress(request: Request, stages: _Stages, store: Store, dump: Path | None) -> Outcome:
+    model, data = request.model, request.data
+    assert isinstance(model, onnx_ir.Model)
+    assert not isinstance(data, str | os.PathLike)
+    for target in request.targets:
+        target.check(model)
+    ctx = Context(
+        target=next((t for t in request.targets if t.makes_artefact), None),
+        data=data,
+        states=request.states,
+        seed=request.seed,
+        memory_limit=request.memory_limit,
+        allow_scripts=request.allow_scripts,
+        check="structure" if request.dry_run else request.check,
+        store=store,
+        on_progress=stages.tell,
+    )
+    with stages.stage("passes"):
+        result = passes.run(model, request.pipeline, ctx, stop_after=request.stop_after, dump=dump)
+    timings = {
+        "schema_version": passes.SCHEMA_VERSION,
+        "stages": stages.seconds,
+        "passes": [{"name": name, "seconds": seconds} for name, seconds in result.seconds],
+    }
+    return Outcome(result.model, result.report, timings)
+
+
+def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) -> Outcome:
+    report = outcome.report
+    with stages.stage("save"):
+        saved = ir.save_model(outcome.model, folder / MODEL, reload=request.check)
+    known = {path.name: digest for path, digest in zip(saved.paths, saved.sha256, strict=True)}
+    checks = [f"saved file reloaded ({request.check})"]
+    if request.check == "full" and not report.unchecked:
+        with stages.stage("check"):
+            _check_saved(request, outcome.model, folder / MODEL)
+        checks.append("saved file gives the same outputs in ONNX Runtime")
+    built = []
+    builds: dict[str, Mapping[str, float]] = {}
+    for target in request.targets:
+        if not target.makes_artefact:
+            built.append(passes.TargetReport(target.name, target.resolved()))
+            continue
+        with stages.stage(f"build {target.name}"):
+            place = folder / target.name
+            place.mkdir()
+            made = target.compile(outcome.model, place, stages.tell)
+        known |= {f"{target.name}/{name}": digest for name, digest in made.files.items()}
+        built.append(passes.TargetReport(target.name, made.resolved, made.kernels, made.fallbacks))
+        builds[target.name] = made.seconds
+    report = dataclasses.replace(
+        report,
+        checks=(*report.checks, *checks),
+        targets=tuple(built),
+        outputs=tuple(_outputs(folder, known)),
+    )
+    timings = {**outcome.timings, "stages": stages.seconds, "builds": builds}
+    ir.write_text(folder / REPORT, report.text())
+    ir.write_text(folder / TIMINGS, passes.json_text(timings))
+    return Outcome(outcome.model, report, timings)
+
+
+def _check_saved(request: Request, model: onnx_ir.Model, path: Path) -> None:
+    """Run the file once and hold it to the model in memory: the same graph must give the same bytes."""
+    names = {str(v.name) for v in model.graph.inputs}
+    if isinstance(request.data, ir.Data):
+        sample = next(iter(request.data))
+    else:
+        sample = next(iter(ir.seeded_data(model, 1, request.seed)))
+    drift = ir.compare(model, path, [{k: v for k, v in sample.inputs.items() if k in names}])
+    if not drift.equal:
+        raise PassError(
+            "save", MODEL, f"the saved file differs from the model in memory: max |a-b| {drift.max_abs:.3g}"
+        )
+
+
+def _outputs(folder: Path, known: Mapping[str, str]) -> Iterator[passes.File]:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        yield passes.File(name, known.get(name) or _sha256(path), path.stat().st_size)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
