@@ -1,5 +1,6 @@
 """What a model is: the graph and its dialect, models in and out, and two ways to run one (lazy: PEP 562)."""
 
+# ruff: noqa: F401  (the imports are for type checkers; _EXPORTS says the same to Python)
 from __future__ import annotations
 
 import importlib
@@ -109,7 +110,7 @@ _EXPORTS = {
     "upstream": "views",
 }
 
-__all__ = [*_EXPORTS]  # noqa: PLE0604 (names, from the table)
+__all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

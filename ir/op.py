@@ -74,7 +74,7 @@ class Body:
         ref = onnx_ir.RefAttr("value_ints", attribute, onnx_ir.AttributeType.INTS)
         return self.emit("Constant", [], {"value_ints": ref})[0]
 
-    def int(self, attribute: str) -> onnx_ir.Value:
+    def scalar(self, attribute: str) -> onnx_ir.Value:
         """The node's integer attribute `attribute`, as a scalar int64 tensor."""
         ref = onnx_ir.RefAttr("value_int", attribute, onnx_ir.AttributeType.INT)
         return self.emit("Constant", [], {"value_int": ref})[0]
@@ -135,7 +135,7 @@ class Op(abc.ABC):
         """A function of the input tensors (None for one left out) that replaces the interpreted body, or None."""
         return None
 
-    def check_data(self, node: onnx_ir.Node) -> None:
+    def check_data(self, node: onnx_ir.Node) -> None:  # noqa: B027  (an op may have nothing to check)
         """Check what only the constants' values show.
 
         Raises:
@@ -293,12 +293,14 @@ def node(
 
 
 def _as_value(item: onnx_ir.Value | onnx_ir.TensorProtocol | np.ndarray | None) -> onnx_ir.Value | None:
-    if item is None or isinstance(item, onnx_ir.Value):
-        return item
-    tensor = onnx_ir.tensor(item) if isinstance(item, np.ndarray) else item
-    return onnx_ir.Value(
-        name=None, const_value=tensor, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(tensor.dtype)
-    )
+    return item if item is None or isinstance(item, onnx_ir.Value) else constant(item)
+
+
+def constant(data: onnx_ir.TensorProtocol | np.ndarray, name: str | None = None) -> onnx_ir.Value:
+    """A typed value that holds `data`; it is in no graph yet."""
+    tensor = onnx_ir.tensor(data) if isinstance(data, np.ndarray) else data
+    shape = onnx_ir.Shape(tuple(tensor.shape.numpy()))
+    return onnx_ir.Value(name=name, const_value=tensor, shape=shape, type=onnx_ir.TensorType(tensor.dtype))
 
 
 def _plain(value: Any) -> Any:

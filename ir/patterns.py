@@ -40,14 +40,8 @@ class Replacement:
 
         A value that something outside the match still uses keeps its name; the constant's then derives from it.
         """
-        tensor = onnx_ir.tensor(data) if isinstance(data, np.ndarray) else data
-        value = onnx_ir.Value(
-            name=None,
-            shape=onnx_ir.Shape(tensor.shape),
-            type=onnx_ir.TensorType(tensor.dtype),
-            const_value=tensor,
-            metadata_props=dict(like.metadata_props),
-        )
+        value = dialect.constant(data)
+        value.metadata_props.update(like.metadata_props)
         self.constants[value] = like
         return value
 
@@ -280,7 +274,7 @@ def _drop_unused(values: Sequence[onnx_ir.Value]) -> None:
         if value.uses() or value.is_graph_output() or value.is_graph_input():
             continue
         graph, producer = value.graph, value.producer()
-        if value.is_initializer() and graph is not None:
+        if value.is_initializer() and graph is not None and value.name is not None:
             graph.initializers.pop(value.name)
         elif producer is not None and producer.graph is not None and not any(o.uses() for o in producer.outputs):
             stack += [i for i in producer.inputs if i is not None]

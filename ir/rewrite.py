@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from mc_opt.ir.errors import IRError
-from mc_opt.ir.op import find_op, is_ours
+from mc_opt.ir.op import constant, find_op, is_ours
 from mc_opt.ir.sites import WeightSite, names_of
 
 PASS = "mc_opt.pass"
@@ -31,17 +31,7 @@ def free(base: str, names: set[str]) -> str:
 
 def initializer(graph: onnx_ir.Graph, name: str, data: np.ndarray | onnx_ir.TensorProtocol) -> onnx_ir.Value:
     """Register a new constant in `graph` under `name`, or the next free name."""
-    return _register(graph, free_name(graph, name), data)
-
-
-def _register(graph: onnx_ir.Graph, name: str, data: np.ndarray | onnx_ir.TensorProtocol) -> onnx_ir.Value:
-    tensor = onnx_ir.tensor(data) if isinstance(data, np.ndarray) else data
-    value = onnx_ir.Value(
-        name=name,
-        shape=onnx_ir.Shape(tensor.shape),
-        type=onnx_ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
+    value = constant(data, free_name(graph, name))
     graph.register_initializer(value)
     return value
 

@@ -75,7 +75,7 @@ class WeightSite:
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape."""
-        return self.tensor.shape.numpy()
+        return tuple(self.tensor.shape.numpy())
 
     @property
     def tensor(self) -> onnx_ir.TensorProtocol:
@@ -193,6 +193,8 @@ class _Walk:
             return None
         if is_ours(producer):
             return Skip(f"compressed already: made by {_title(producer)}")
+        if producer.op_type == "Constant":
+            return Skip(f"held by {_title(producer)} itself: too small to be worth compressing")
         if producer.op_type == "DequantizeLinear":
             return Skip(f"quantised already: made by {_title(producer)}")
         return Skip(f"computed by {_title(producer)}, not constant; run fold-constants first")

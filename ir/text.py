@@ -55,11 +55,11 @@ def digest(tensor: onnx_ir.TensorProtocol) -> str:
     if tensor.dtype == onnx_ir.DataType.STRING:
         data = b"\0".join(bytes(s) for s in tensor.numpy().reshape(-1))  # the offsets of ONNX strings are not data
         return hashlib.sha256(data).hexdigest()[:_DIGITS]
-    made = hashlib.sha256()
-    array = np.ascontiguousarray(tensor.numpy()) if tensor.dtype.bitwidth >= 8 else None
-    # A memory-mapped tensor is read page by page, not copied.
-    made.update(memoryview(array.reshape(-1).view(np.uint8)) if array is not None else tensor.tobytes())
-    return made.hexdigest()[:_DIGITS]
+    if tensor.dtype.bitwidth < 8:
+        return hashlib.sha256(tensor.tobytes()).hexdigest()[:_DIGITS]
+    # The bytes are hashed where they are: a memory-mapped tensor is read page by page, not copied.
+    array = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return hashlib.sha256(array.data).hexdigest()[:_DIGITS]
 
 
 def tensor_text(tensor: onnx_ir.TensorProtocol) -> str:

@@ -230,9 +230,7 @@ def _check_functions(model: onnx_ir.Model) -> None:
         expected[identifier] = True
         held = model.functions.get(identifier)
         if held is None:
-            raise IRError(
-                f"{where(node)}: the model has no function {':'.join(identifier[1:])}; call ir.add_functions"
-            )
+            raise IRError(f"{where(node)}: the model has no function {':'.join(identifier[1:])}; call ir.add_functions")
         if _bytes(held) != _bytes(op.function(node, model.opset_imports[""])):
             raise IRError(
                 f"{where(node)}: the function {':'.join(identifier[1:])} is not what the op means; "

@@ -16,12 +16,12 @@ def fake_lookup(w: Tensor, codebook: Tensor, scale: Tensor | None, geometry: Geo
     cells = _to_cells(w, geometry)
     if scale is None:
         scale = torch.ones((1, 1), dtype=w.dtype, device=w.device)
-    y: Tensor = _Nearest.apply(cells, codebook, scale)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    y: Tensor = _Nearest.apply(cells, codebook, scale)
     return _from_cells(y, geometry)
 
 
 def _to_cells(w: Tensor, geometry: Geometry) -> Tensor:
-    """w -> [R, G, g]; a short last group is filled with zeros, which get no gradient."""
+    """Cut w into [R, G, g]; a short last group is filled with zeros, which get no gradient."""
     matrix = w.permute(geometry.perm).reshape(geometry.rows, geometry.columns)
     missing = geometry.groups * geometry.size - geometry.columns
     if missing:
@@ -34,11 +34,11 @@ def _from_cells(cells: Tensor, geometry: Geometry) -> Tensor:
     return matrix.reshape([geometry.shape[a] for a in geometry.perm]).permute(geometry.inverse)
 
 
-class _Nearest(torch.autograd.Function):
+class _Nearest(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed, so its classes are Any
     """cells: [R, G, g], codebook: [n] or [R|1, G|1, n], scale: [R|1, G|1] -> codebook[k]·scale: [R, G, g]."""
 
     @staticmethod
-    def forward(ctx: Any, cells: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, cells: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:
         ascending, order = codebook.detach().sort(dim=-1, stable=True)
         middle = (ascending[..., :-1] + ascending[..., 1:]) * 0.5
         x = cells / scale[..., None]
@@ -52,7 +52,7 @@ class _Nearest(torch.autograd.Function):
         return _entries(codebook, codes) * scale[..., None]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         codes, codebook, scale = ctx.saved_tensors
         _, needs_codebook, needs_scale = ctx.needs_input_grad
         d_scale = d_codebook = None

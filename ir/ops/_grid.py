@@ -109,7 +109,7 @@ def to_grid(
     finest = next(operands[name] for name, k in grid.kinds.items() if k == form[0])
     if form == "rows":
         return op.Reshape(flat, op.Concat(op.Shape(finest, start=0, end=1), op.constant([-1]), axis=0))
-    size = op.Unsqueeze(op.int("group_size"), op.constant([0]))
+    size = op.Unsqueeze(op.scalar("group_size"), op.constant([0]))
     return op.Reshape(flat, op.Concat(op.constant([-1]), op.Shape(finest, start=1, end=2), size, axis=0))
 
 
@@ -140,7 +140,7 @@ class Spread:
         if self._group is None:
             op = self.op
             count = op.Squeeze(columns(op, self.grid, self.shape))
-            self._group = op.Div(op.Range(op.constant(0), count, op.constant(1)), op.int("group_size"))
+            self._group = op.Div(op.Range(op.constant(0), count, op.constant(1)), op.scalar("group_size"))
         return self._group
 
 

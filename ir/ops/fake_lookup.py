@@ -159,7 +159,7 @@ class FakeLookup(Op):
         """
         for n in (2, 3, 5, 16):
             yield _sample(rng, f"n{n}", n=n, shape=(6, 11), scale=(6, 1))
-        forms: dict[str, dict[str, tuple[int, ...]]] = {
+        forms: dict[str, dict[str, Any]] = {
             "bare": {},
             "tensor": {"scale": (1, 1)},
             "rows": {"scale": (6, 1)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir
@@ -55,10 +55,12 @@ def decode(
 def _entries(codes: np.ndarray, codebook: np.ndarray, rows: slice, geometry: Geometry) -> np.ndarray:
     """codes: uint8 [r, K] -> their codebook entries [r, K]."""
     if codebook.ndim == 1 or codebook.shape[:2] == (1, 1):
-        return codebook.reshape(-1)[codes]
+        entries: np.ndarray = codebook.reshape(-1)[codes]
+        return entries
     books = codebook if codebook.shape[0] == 1 else codebook[rows]
     starts = np.arange(books.shape[0] * books.shape[1], dtype=np.intp).reshape(books.shape[:2]) * books.shape[2]
-    return books.reshape(-1)[grids.spread_array(starts, geometry) + codes]
+    grouped: np.ndarray = books.reshape(-1)[grids.spread_array(starts, geometry) + codes]
+    return grouped
 
 
 class Lookup(Op):
@@ -209,7 +211,7 @@ class Lookup(Op):
         for bits in range(1, 9):
             yield _sample(rng, f"b{bits}", bits=bits, shape=(6, 11), scale=(6, 1))
             yield _sample(rng, f"b{bits}-even", bits=bits, shape=(4, 16), scale=(4, 2), group_size=8)
-        forms: dict[str, dict[str, tuple[int, ...]]] = {
+        forms: dict[str, dict[str, Any]] = {
             "bare": {},
             "tensor": {"scale": (1, 1), "offset": (1, 1)},
             "rows": {"scale": (6, 1), "offset": (6, 1)},
@@ -232,7 +234,9 @@ class Lookup(Op):
         yield _sample(rng, "few-entries", bits=4, shape=(5, 7), entries=11, scale=(5, 1))
         yield _sample(rng, "vector", bits=7, shape=(13,), scale=(13, 1))
         yield _sample(rng, "half", bits=4, shape=(6, 8), scale=(6, 2), offset=(6, 1), group_size=4, dtype=np.float16)
-        yield _sample(rng, "half-scaled-by-float", bits=4, shape=(6, 8), scale=(6, 1), dtype=np.float16, factor=np.float32)
+        yield _sample(
+            rng, "half-scaled-by-float", bits=4, shape=(6, 8), scale=(6, 1), dtype=np.float16, factor=np.float32
+        )
 
 
 def _sample(
@@ -252,7 +256,9 @@ def _sample(
 ) -> Example:
     n = entries or 1 << bits
     codes = rng.integers(0, n, math.prod(shape)).astype(np.uint8)
-    codebook = rng.standard_normal((*books, n)).astype(dtype)
-    factors = tuple(None if s is None else rng.uniform(0.5, 2, s).astype(factor or dtype) for s in (scale, offset))
+    codebook: np.ndarray = rng.standard_normal((*books, n)).astype(dtype)
+    factors: list[np.ndarray | None] = [
+        None if s is None else rng.uniform(0.5, 2, s).astype(factor or dtype) for s in (scale, offset)
+    ]
     attributes = {"bits": bits, "shape": shape, "axes": axes, "group_size": group_size}
     return Example(name, (pack_codes(codes, bits), codebook, *factors), attributes)
