@@ -127,10 +127,11 @@ def run_data(
     Args:
         session: The model.
         data: Mappings from input name to array, or objects with such a mapping as `inputs`.
-        states: Recurrent states, output name to input name. A sample that has the state itself starts a new sequence
-            with it; otherwise the state is what the step before put out, and zeros before the first step.
+        states: Recurrent states, output name to input name; by default those that `data` names. A sample that has the
+            state itself starts a new sequence with it; otherwise the state is what the step before put out, and zeros
+            before the first step.
     """
-    states = dict(states or {})
+    states = dict(getattr(data, "states", {}) if states is None else states)
     _check_states(session, states)
     carried: dict[str, np.ndarray] = {}
     for sample in data:
@@ -191,7 +192,7 @@ def exactness(
         reference: The original model; range = max − min of its output over all samples.
         other: The model that has to equal it.
         data: The samples.
-        states: Recurrent states, output name to input name.
+        states: Recurrent states, as in `run_data`.
         own_noise: `noise(reference, data)` when it is known already; r comes from it.
         share: The share of the range.
     """

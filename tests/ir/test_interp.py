@@ -318,8 +318,10 @@ def axes_of(model: onnx_ir.Model, name: str) -> tuple[int, ...]:
 
 STEPS = 40
 
+SMALL = ("ppocr-cls", "silero-16k-op15")
 MODEL_CASES = [
-    pytest.param(m, id=m.name, marks=[pytest.mark.models, *([pytest.mark.slow] if m.captured else [])]) for m in MODELS
+    pytest.param(m, id=m.name, marks=[pytest.mark.models, *([pytest.mark.ci] if m.name in SMALL else [])])
+    for m in MODELS
 ]
 
 
