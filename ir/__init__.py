@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.read import Source
     from mc_opt.ir.io.save import SavedModel, save_model
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
+    from mc_opt.ir.io.weightless import weightless
     from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
     from mc_opt.ir.ops._packing import Geometry, canonical, pack_codes, restore, unpack_codes
     from mc_opt.ir.ops.fake_lookup import nearest_codes
@@ -56,6 +57,7 @@ _EXPORTS = {
     "infer_shapes": "io.shapes",
     "parse_shape": "io.shapes",
     "shape_advice": "io.shapes",
+    "weightless": "io.weightless",
     "Example": "op",
     "Op": "op",
     "Work": "op",
