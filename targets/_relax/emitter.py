@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +75,7 @@ def to_plain(rank: int) -> tuple[int, ...]:
 
 
 def transposed(x: te.Tensor, perm: Sequence[int]) -> te.Tensor:
-    """x transposed by `perm`, as numpy does it."""
+    """Returns x transposed by `perm`, as numpy does it."""
     inverse = [perm.index(axis) for axis in range(len(perm))]
     return te.compute([x.shape[axis] for axis in perm], lambda *i: x(*[i[k] for k in inverse]), name="transpose")
 
@@ -90,6 +90,7 @@ class Emitter:
         self.kernels: list[str] = []
         self.fallbacks: list[str] = []
         self._held: dict[onnx_ir.Value, _Held] = {}
+        self._depths: dict[onnx_ir.Value, int] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
 
     # what a handler asks
@@ -223,9 +224,22 @@ class Emitter:
         """State that a value is known while building."""
         self._held[value] = _Held(tuple(array.shape), array=array)
 
+    def alias(self, value: onnx_ir.Value, source: onnx_ir.Value) -> None:
+        """State that a value is another one; conversions of either serve both."""
+        self._held[value] = self._get(source)
+        self._depths[value] = self.depth(source)
+
     def set_lazy(self, value: onnx_ir.Value, shape: Sequence[int], make: Callable[[], relax.Expr]) -> None:
         """State how to compute a value, plain, once somebody asks for it; a decode that no one reads is not made."""
         self._held[value] = _Held(tuple(shape), make=make)
+
+    def depth(self, value: onnx_ir.Value) -> int:
+        """How many long elementwise functions (exp, tanh) are fused into the value's computation."""
+        return self._depths.get(value, 0)
+
+    def set_depth(self, value: onnx_ir.Value, depth: int) -> None:
+        """State a value's depth; 0 when it is never stated."""
+        self._depths[value] = depth
 
     def note_kernel(self, text: str) -> None:
         """Record for the report that a special kernel took a node."""
@@ -297,7 +311,7 @@ class Emitter:
 
 
 def reshaped(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
-    """x [..] under another shape, in row-major order."""
+    """Returns x [..] under another shape, in row-major order."""
     old = [int(s) for s in x.shape]
     if math.prod(old) == 0 or not old:
         return te.compute(tuple(shape), lambda *_: x(*[0] * len(old)), name="reshape")
@@ -313,12 +327,3 @@ def reshaped(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
         return x(*reversed(index))
 
     return te.compute(tuple(shape), element, name="reshape")
-
-
-def emit_value_types(model: onnx_ir.Model) -> Mapping[str, tuple[tuple[int, ...], str]]:
-    """Name to (shape, dtype) of the model's inputs."""
-    result = {}
-    for value in model.graph.inputs:
-        assert value.shape is not None and value.dtype is not None and value.name is not None
-        result[value.name] = (tuple(int(d) for d in value.shape), str(np.dtype(value.dtype.numpy())))
-    return result

@@ -11,29 +11,13 @@ import tvm
 from onnx_ir.passes.common import InlinePass
 from tvm import relax, te
 
-from mc_opt.ir import shape_advice
 from mc_opt.targets import _relax
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._refusal import refusal, where
 from mc_opt.targets._relax import folding
 from mc_opt.targets._relax.emitter import Emitter, Handler
 
-_TYPES = {
-    "float32",
-    "float64",
-    "float16",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "bool",
-}
-# A folded result above this many bytes is computed at run time instead: it would only swell the artefact.
-_FOLD_LIMIT = 64 << 20
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
@@ -44,19 +28,6 @@ class Lowered:
     module: tvm.IRModule
     kernels: tuple[str, ...]
     fallbacks: tuple[str, ...]
-
-
-def check(model: onnx_ir.Model, target: str) -> None:
-    """Refuse what no kernel can take: symbolic shapes, control flow, unknown ops and types.
-
-    Raises:
-        TargetError: naming the input or node, and what to do.
-    """
-    _check_inputs(model, target)
-    table = _relax.handlers()
-    for node in model.graph:
-        if (node.domain, node.op_type) not in table and node.op_identifier() not in model.functions:
-            raise TargetError(_refusal(node, target))
 
 
 def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, str], None]) -> Lowered:
@@ -90,14 +61,14 @@ def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Han
         return
     handler = table.get((node.domain, node.op_type))
     if handler is None:
-        raise TargetError(_refusal(node, "x86"))
+        raise TargetError(refusal(node, "x86"))
     try:
         handler(emitter, node)
     except (TargetError, KeyboardInterrupt):
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise TargetError(f"{_where(node)}: cannot be lowered: {first}; {_describe(emitter, node)}") from error
+        raise TargetError(f"{where(node)}: cannot be lowered: {first}; {_describe(emitter, node)}") from error
 
 
 def _fold(emitter: Emitter, node: onnx_ir.Node) -> bool:
@@ -119,8 +90,6 @@ def _outputs(emitter: Emitter) -> list[relax.Expr]:
     used: set[onnx_ir.Value] = set()
     inputs = set(emitter.model.graph.inputs)
     for value in emitter.model.graph.outputs:
-        if value not in emitter.model.graph.inputs and value.shape is None:
-            pass
         expr = emitter.plain(value)
         if value in inputs or value in used or emitter.constant(value) is not None or expr in made:
             expr = emitter.te(_copy, expr, name="copy")
@@ -146,36 +115,6 @@ def _inline_functions(model: onnx_ir.Model, table: dict[tuple[str, str], Handler
     ]
     InlinePass(lambda function: function.identifier() in without)(model)
     return notes
-
-
-def _check_inputs(model: onnx_ir.Model, target: str) -> None:
-    for value in model.graph.inputs:
-        if value.shape is None or not all(isinstance(d, int) for d in value.shape):
-            shape = "unknown" if value.shape is None else "x".join(str(d) for d in value.shape)
-            raise TargetError(
-                f"{target}: input {value.name!r} has the symbolic shape {shape}; kernels are built for one shape;"
-                f" add {shape_advice(model)}"
-            )
-        if value.dtype is None or str(np.dtype(value.dtype.numpy())) not in _TYPES:
-            raise TargetError(
-                f"{target}: input {value.name!r} is {value.dtype}; expected one of {', '.join(sorted(_TYPES))}"
-            )
-
-
-def _refusal(node: onnx_ir.Node, target: str) -> str:
-    match node.op_type:
-        case "If":
-            advice = "fix the input that decides it: --passes 'specialize{input=value},fold-constants'"
-        case "Loop" | "Scan":
-            advice = "unroll it before export, or build --target onnx"
-        case _:
-            advice = "build --target onnx, which keeps every op"
-    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return f"{_where(node)}: {target} has no kernel for {name}; {advice}"
-
-
-def _where(node: onnx_ir.Node) -> str:
-    return f"{node.op_type} {node.name or (node.outputs[0].name if node.outputs else '')!r}"
 
 
 def _describe(emitter: Emitter, node: onnx_ir.Node) -> str:

@@ -1,0 +1,165 @@
+"""The child's side of a build: lower, fuse, schedule, compile, link. Only this process has TVM's compiler loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from mc_opt import ir
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import intrinsics, lower
+from mc_opt.targets.kernels import _schedule
+
+_STEPS = 4
+
+
+class Reporter:
+    """Sends progress and the answer to the parent, one JSON object a line, and keeps the time of each step."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._pipe = os.fdopen(descriptor, "w", buffering=1)
+        self.seconds: dict[str, float] = {}
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Say how far the build is."""
+        self.send({"progress": [done, total, what]})
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message."""
+        self._pipe.write(json.dumps(message) + "\n")
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Announce a step and take its time."""
+        self.progress(len(self.seconds), _STEPS, what)
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = time.perf_counter() - start
+
+
+def serve() -> None:
+    """Entry of the child process: descriptor and request are its arguments."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means, and ends this process
+    reporter = Reporter(int(sys.argv[1]))
+    request = json.loads(sys.argv[2])
+    machine = Machine(**{**request["machine"], "features": tuple(request["machine"]["features"])})
+    try:
+        answer = _build(request["model"], Path(request["folder"]), machine, request["form"], reporter)
+    except MemoryError:
+        answer = {"kind": "LimitError", "error": "the build ran out of memory; build on a machine with more"}
+    except ir.IRError as error:
+        answer = {"kind": type(error).__name__, "error": str(error)}
+    reporter.send(answer)
+
+
+def _build(path: str, folder: Path, machine: Machine, form: str, reporter: Reporter) -> dict[str, Any]:
+    intrinsics.register()
+    model = ir.load_model(path, check="structure")
+    target = llvm_target(machine)
+    with reporter.step("lower"):
+        lowered = lower.lower(model, machine, lambda _done, _total, _what: None)
+        outputs = [v.name for v in model.graph.outputs]
+        del model
+    with target:
+        with reporter.step("fuse and schedule"):
+            module = fuse(lowered.module)
+            main = next(f for v, f in module.functions.items() if v.name_hint == "main")
+            types = [(tuple(int(d) for d in t.shape), str(t.dtype)) for t in main.ret_ty.fields]
+            module, notes = _schedule.schedule(module, machine)
+        if form == "static":
+            from mc_opt.targets import _c  # the second printer, with its own tools
+
+            extra = _c.write(module, target, folder, reporter)
+        else:
+            extra = _write_vm(module, target, folder, reporter)
+    return {
+        "outputs": [[n, list(shape), dtype] for n, (shape, dtype) in zip(outputs, types, strict=True)],
+        "kernels": sorted(lowered.kernels),
+        "fallbacks": sorted([*lowered.fallbacks, *notes]),
+        "seconds": reporter.seconds,
+        **extra,
+    }
+
+
+def llvm_target(machine: Machine) -> tvm.target.Target:
+    """The LLVM target of an x86-64 machine."""
+    attributes = [f"+{feature}" for feature in machine.features]
+    if machine.lanes == 16:
+        attributes.append("-prefer-256-bit")  # LLVM's default halves our vectors on older AVX-512 processors
+    return tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": "x86_64-linux-gnu",
+            "mcpu": machine.cpu,
+            "mattr": attributes,
+            "num-cores": machine.threads,
+        }
+    )
+
+
+def fuse(module: tvm.IRModule) -> tvm.IRModule:
+    """Fuse elementwise work into its producers; the result's main is a straight list of call_tir."""
+    transform = relax.transform
+    return tvm.transform.Sequential(
+        [
+            transform.DeadCodeElimination(),
+            transform.AnnotateTIROpPattern(),
+            transform.FuseOps(),
+            transform.FuseTIR(),
+            transform.DeadCodeElimination(),
+        ]
+    )(module)
+
+
+def _pipeline() -> tvm.transform.Pass:
+    """The rest of the way to the virtual machine; no folding of constants, which would decode packed weights."""
+    transform = relax.transform
+    return tvm.transform.Sequential(
+        [
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    with reporter.step("compile"):
+        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline())
+    with reporter.step("link"):
+        work = folder / "objects"
+        work.mkdir()
+        executable.export_library(str(folder / "model.so"), fcompile=_linker(), workspace_dir=str(work))
+        for file in work.iterdir():
+            file.unlink()
+        work.rmdir()
+    return {}
+
+
+def _linker() -> Callable[..., None]:
+    """Links objects with the linker of the `ziglang` package: no compiler on the system is needed."""
+
+    def link(output: str, objects: Sequence[str], **_options: Any) -> None:
+        command = [sys.executable, "-P", "-m", "ziglang", "ld.lld", "-shared", "--build-id=none", "--strip-all"]
+        subprocess.run([*command, "-o", output, *objects], check=True, capture_output=True)
+
+    return link

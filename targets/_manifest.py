@@ -1,0 +1,85 @@
+"""manifest.json: what an artefact is, what it asks of a machine, and the digests of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mc_opt.ir import IRError
+
+SCHEMA_VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output: its name, shape and numpy type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything that a loader must know before it loads native code."""
+
+    schema_version: int
+    mc_opt: str
+    tvm: str
+    target: str
+    kind: str
+    form: str
+    cpu: str
+    features: tuple[str, ...]
+    threads: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    kernels: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+    files: dict[str, str]
+
+    def text(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of an artefact's folder.
+
+    Raises:
+        IRError: there is none, it cannot be read, or another version of mc-opt wrote it.
+    """
+    path = folder / NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+    except FileNotFoundError:
+        raise IRError(f"{folder}: no {NAME}; expected a folder that mc-opt built for a target") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IRError(f"{path}: cannot be read as a manifest ({error}); build the artefact again") from None
+    if version != SCHEMA_VERSION:
+        raise IRError(f"{path}: has schema version {version}, this mc-opt reads {SCHEMA_VERSION}; build it again")
+    try:
+        return _parse(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IRError(f"{path}: an entry is missing or wrong ({error}); build the artefact again") from None
+
+
+def _parse(data: dict[str, Any]) -> Manifest:
+    def ports(key: str) -> tuple[Port, ...]:
+        return tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[key])
+
+    fields = {f.name: data[f.name] for f in dataclasses.fields(Manifest)}
+    for key in ("features", "kernels", "fallbacks"):
+        fields[key] = tuple(fields[key])
+    return Manifest(**{**fields, "inputs": ports("inputs"), "outputs": ports("outputs")})

@@ -1,0 +1,59 @@
+"""What no kernel can take, said before a build starts and without TVM: symbolic shapes, types, control flow."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+
+from mc_opt.ir import shape_advice
+from mc_opt.targets._base import TargetError
+
+_TYPES = ("bool", "float16", "float32", "float64")
+_TYPES += ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+def check(model: onnx_ir.Model, target: str) -> None:
+    """Refuse inputs without a static shape or of an unknown type, and control flow.
+
+    Raises:
+        TargetError: naming the input or node, and what to do.
+    """
+    for value in model.graph.inputs:
+        _check_input(model, value, target)
+    for node in model.graph:
+        if any(a.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for a in _attributes(node)):
+            raise TargetError(refusal(node, target))
+
+
+def _attributes(node: onnx_ir.Node) -> list[onnx_ir.Attr]:
+    return list(node.attributes.values())
+
+
+def _check_input(model: onnx_ir.Model, value: onnx_ir.Value, target: str) -> None:
+    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        shape = "unknown" if value.shape is None else "x".join(str(d) for d in value.shape)
+        raise TargetError(
+            f"{target}: input {value.name!r} has the symbolic shape {shape}, and kernels are built for one shape;"
+            f" add for example {shape_advice(model)}"
+        )
+    kind = "unknown" if value.dtype is None else str(np.dtype(value.dtype.numpy()))
+    if kind not in _TYPES:
+        raise TargetError(f"{target}: input {value.name!r} is {kind}; expected one of {', '.join(_TYPES)}")
+
+
+def refusal(node: onnx_ir.Node, target: str) -> str:
+    """Why a target does not take a node, and what to do."""
+    match node.op_type:
+        case "If":
+            advice = "fix the input that decides it: --passes 'specialize{input=value},fold-constants'"
+        case "Loop" | "Scan":
+            advice = "unroll it before the export from its framework, or build --target onnx"
+        case _:
+            advice = "build --target onnx, which keeps every op"
+    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    return f"{where(node)}: {target} has no kernel for {name}; {advice}"
+
+
+def where(node: onnx_ir.Node) -> str:
+    """A node as messages name it."""
+    return f"{node.op_type} {node.name or (node.outputs[0].name if node.outputs else '')!r}"

@@ -1,0 +1,131 @@
+"""Ops that read or write elements at indices computed at run time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import onnx_ir
+from tvm import te, tirx
+
+from mc_opt.targets._base import TargetError
+from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets._relax.mapped import constant, held, mapped
+from mc_opt.targets._relax.shape import first
+from mc_opt.targets.kernels import lookup
+
+Expr = Any
+
+
+def _second(node: onnx_ir.Node) -> onnx_ir.Value:
+    value = node.inputs[1]
+    assert value is not None
+    return value
+
+
+def _at(index: Expr, extent: int) -> Expr:
+    """An index that may count from the end, kept inside the axis: a kernel must not read wild memory."""
+    wrapped = tirx.Select(index < 0, index + constant(extent, str(index.dtype)), index)
+    low, high = constant(0, str(index.dtype)), constant(extent - 1, str(index.dtype))
+    return tirx.max(low, tirx.min(high, wrapped))
+
+
+def _gather(e: Emitter, node: onnx_ir.Node) -> None:
+    x, indices = first(node), _second(node)
+    shape, picked = e.shape(x), e.shape(indices)
+    axis = e.attribute(node, "axis", 0) % len(shape)
+    packed = e.lookup(x)
+    if packed is not None:
+        e.set(node.outputs[0], lookup.gather(e, packed, e.plain(indices), axis))
+        return
+    result = (*shape[:axis], *picked, *shape[axis + 1 :])
+
+    known = e.constant(indices)
+    if known is not None and known.size == 1:
+        place = int(known.reshape(-1)[0]) % shape[axis]
+
+        def fixed(r: Any, i: Any) -> Expr:
+            return r[0](*i[:axis], place, *i[axis + len(picked) :])
+
+        mapped(e, node.outputs[0], result, [held(e, x)], fixed, name="gather")
+        return
+
+    def element(r: Any, i: Any) -> Expr:
+        index = r[1](*i[axis : axis + len(picked)])
+        return r[0](*i[:axis], _at(index, shape[axis]), *i[axis + len(picked) :])
+
+    mapped(e, node.outputs[0], result, [held(e, x), (e.plain(indices), "plain")], element, name="gather")
+
+
+def _gather_elements(e: Emitter, node: onnx_ir.Node) -> None:
+    x, indices = first(node), _second(node)
+    shape = e.shape(x)
+    axis = e.attribute(node, "axis", 0) % len(shape)
+
+    def element(r: Any, i: Any) -> Expr:
+        return r[0](*i[:axis], _at(r[1](*i), shape[axis]), *i[axis + 1 :])
+
+    operands = [held(e, x), held(e, indices)]
+    mapped(e, node.outputs[0], e.shape(indices), operands, element, name="gather_elements")
+
+
+def _gather_nd(e: Emitter, node: onnx_ir.Node) -> None:
+    x, indices = first(node), _second(node)
+    shape, picked = e.shape(x), e.shape(indices)
+    batch, depth = e.attribute(node, "batch_dims", 0), picked[-1]
+    result = (*picked[:-1], *shape[batch + depth :])
+
+    def element(r: Any, i: Any) -> Expr:
+        at = [_at(r[1](*i[: len(picked) - 1], k), shape[batch + k]) for k in range(depth)]
+        return r[0](*i[:batch], *at, *i[len(picked) - 1 :])
+
+    mapped(e, node.outputs[0], result, [held(e, x), (e.plain(indices), "plain")], element, name="gather_nd")
+
+
+def _scatter_nd(e: Emitter, node: onnx_ir.Node) -> None:
+    """Each output element looks for the last update that hits it: no order of writes, no race."""
+    x, indices = first(node), _second(node)
+    updates = node.inputs[2]
+    assert updates is not None
+    reduction = e.attribute(node, "reduction", "none")
+    if reduction not in ("none", "add"):
+        raise TargetError(f"ScatterND {node.name!r}: no kernel for reduction={reduction}; use --target onnx")
+    shape, picked = e.shape(x), e.shape(indices)
+    depth, rows = picked[-1], math.prod(picked[:-1])
+    flat = e.reshape(e.plain(indices), (rows, depth))
+    values = e.reshape(e.plain(updates), (rows, *shape[depth:]))
+
+    def fn(a: te.Tensor, index: te.Tensor, value: te.Tensor) -> te.Tensor:
+        k = te.reduce_axis((0, rows), name="k")
+
+        def hit(i: Any) -> Expr:
+            return tirx.all(*(tirx.EQ(_at(index(k, d), shape[d]), i[d].astype("int64")) for d in range(depth)))
+
+        def added(*i: Expr) -> Expr:
+            return te.sum(tirx.Select(hit(i), value(k, *i[depth:]), constant(0, str(a.dtype))), axis=k)
+
+        if reduction == "add":
+            total = te.compute(shape, added, name="added")
+            return te.compute(shape, lambda *i: a(*i) + total(*i), name="scatter_nd")
+        nothing = tirx.const(-1, "int32")
+        winner = te.compute(
+            shape[:depth],
+            lambda *i: te.max(tirx.Select(hit(i), k.var.astype("int32"), nothing), axis=k),
+            name="winner",
+        )
+
+        def element(*i: Expr) -> Expr:
+            row = winner(*i[:depth])
+            return tirx.if_then_else(row >= 0, value(tirx.max(row, 0), *i[depth:]), a(*i))
+
+        return te.compute(shape, element, name="scatter_nd")
+
+    e.set(node.outputs[0], e.te(fn, e.plain(x), flat, values, name="scatter_nd"))
+
+
+HANDLERS: dict[str, Handler] = {
+    "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
+    "ScatterND": _scatter_nd,
+}

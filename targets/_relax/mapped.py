@@ -1,0 +1,145 @@
+"""Kernels that compute each output element from a few input elements, in whichever layout values are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from tvm import relax, te, tirx
+
+from mc_opt.targets._relax.emitter import Emitter, Layout
+
+# Reads one element of an operand at a logical index, in ONNX's order of axes.
+Reader = Callable[..., Any]
+
+# kOutEWiseFusable: FuseOps never puts two of these into one kernel, and none behind an elementwise op.
+_FUSION_HEAD = 4
+
+
+def held(e: Emitter, value: onnx_ir.Value) -> tuple[relax.Expr, Layout]:
+    """The value as it is held: an expression and its layout, without any conversion."""
+    if e.layout(value) == "nhwc":
+        return e.nhwc(value), "nhwc"
+    return e.plain(value), "plain"
+
+
+def reader(x: te.Tensor, layout: Layout) -> Reader:
+    """Reads x, which is in `layout`, at logical indices."""
+    if layout == "plain":
+        return lambda *i: x(*i)
+    return lambda *i: x(i[0], *i[2:], i[1])
+
+
+def mapped(
+    e: Emitter,
+    output: onnx_ir.Value,
+    shape: Sequence[int],
+    operands: Sequence[tuple[relax.Expr, Layout]],
+    element: Callable[..., Any],
+    *,
+    name: str,
+    layout: Layout = "plain",
+    is_head: bool = False,
+) -> None:
+    """Emit `output[i] = element(readers, i)` with `i` logical, stored in `layout`.
+
+    Args:
+        e: the emitter.
+        output: the value to set.
+        shape: its logical shape.
+        operands: expressions and the layouts that they are in.
+        element: from the list of readers and the logical index to the element's expression.
+        name: the kernel's name.
+        layout: how the output is stored.
+        is_head: keep the kernel from being fused behind an elementwise one.
+    """
+
+    def fn(*tensors: te.Tensor) -> te.Tensor:
+        readers = [reader(x, kind) for x, (_, kind) in zip(tensors, operands, strict=True)]
+        if layout == "plain":
+            return te.compute(tuple(shape), lambda *i: element(readers, i), name=name)
+        stored = (shape[0], *shape[2:], shape[1])
+        return te.compute(stored, lambda *i: element(readers, (i[0], i[-1], *i[1:-1])), name=name)
+
+    attributes = {"op_pattern": _FUSION_HEAD} if is_head else None
+    args = [expr for expr, _ in operands]
+    expr = e.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=attributes)
+    e.set(output, expr, layout)
+
+
+def elementwise(
+    e: Emitter,
+    output: onnx_ir.Value,
+    values: Sequence[onnx_ir.Value],
+    fn: Callable[..., Any],
+    *,
+    name: str,
+    is_deep: bool = False,
+) -> None:
+    """Emit `output = fn(*values)` with numpy's broadcasting; constants of one element go into the code.
+
+    Args:
+        e: the emitter.
+        output: the value to set.
+        values: the operands.
+        fn: from one expression an operand to the result's expression.
+        name: the kernel's name.
+        is_deep: `fn` is long (exp, tanh, ..); a chain of such kernels is not fused, because the
+            compiler's time grows with the product of their lengths.
+    """
+    shape = np.broadcast_shapes(*(e.shape(v) for v in values))
+    rank = len(shape)
+    layout: Layout = "plain"
+    if rank >= 3 and any(e.layout(v) == "nhwc" and len(e.shape(v)) == rank for v in values):
+        layout = "nhwc"
+    operands: list[tuple[relax.Expr, Layout]] = []
+    access: list[Callable[[Sequence[Reader], Sequence[Any]], Any]] = []
+    for value in values:
+        array = e.constant(value)
+        if array is not None and array.size == 1:
+            access.append(_scalar(array))
+            continue
+        access.append(_access(len(operands), e.shape(value), shape))
+        operands.append(_operand(e, value, shape, layout))
+    depth = max((e.depth(v) for v in values), default=0)
+    mapped(
+        e,
+        output,
+        shape,
+        operands,
+        lambda readers, i: fn(*(a(readers, i) for a in access)),
+        name=name,
+        layout=layout,
+        is_head=is_deep and depth > 0,
+    )
+    e.set_depth(output, 1 if is_deep else depth)
+
+
+def constant(value: float | bool, dtype: str) -> Any:
+    """A scalar expression of a numpy dtype."""
+    return tirx.const(value, dtype)
+
+
+def _scalar(array: np.ndarray) -> Callable[[Sequence[Reader], Sequence[Any]], Any]:
+    item = tirx.const(array.reshape(-1)[0].item(), str(array.dtype))
+    return lambda _readers, _index: item
+
+
+def _access(k: int, shape: Sequence[int], result: Sequence[int]) -> Callable[[Sequence[Reader], Sequence[Any]], Any]:
+    skip = len(result) - len(shape)
+    stretched = [s == 1 and result[skip + axis] != 1 for axis, s in enumerate(shape)]
+
+    def read(readers: Sequence[Reader], index: Sequence[Any]) -> Any:
+        return readers[k](*(0 if stretch else i for i, stretch in zip(index[skip:], stretched, strict=True)))
+
+    return read
+
+
+def _operand(e: Emitter, value: onnx_ir.Value, shape: Sequence[int], layout: Layout) -> tuple[relax.Expr, Layout]:
+    own = e.shape(value)
+    if e.constant(value) is not None or own != tuple(shape):
+        # Small operands are read where they lie: a per-channel constant [C, 1, 1] has its bytes in order.
+        return held(e, value)
+    return (e.nhwc(value), "nhwc") if layout == "nhwc" else (e.plain(value), "plain")

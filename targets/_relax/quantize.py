@@ -1,0 +1,101 @@
+"""Ops that scale by a known channel: QuantizeLinear, DequantizeLinear, and a BatchNormalization that was not folded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from tvm import tirx
+
+from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets._relax.mapped import constant, held, mapped
+from mc_opt.targets._relax.shape import first
+
+Expr = Any
+
+
+def _batch_norm(e: Emitter, node: onnx_ir.Node) -> None:
+    """Y = x·a + b with a = γ/√(σ² + ε), b = β − μ·a, computed while building where they are known."""
+    x, output = first(node), node.outputs[0]
+    epsilon = e.attribute(node, "epsilon", 1e-5)
+    values = [v for v in node.inputs[1:5] if v is not None]
+    arrays = [e.constant(v) for v in values]
+    shape, layout = e.shape(x), e.layout(x)
+    if all(a is not None for a in arrays):
+        gamma, beta, mean, variance = (np.asarray(a, np.float64) for a in arrays)
+        scale = gamma / np.sqrt(variance + epsilon)
+        dtype = e.dtype(x)
+        constants = [scale.astype(dtype), (beta - mean * scale).astype(dtype)]
+        operands = [held(e, x), *((e.weight(a), "plain") for a in constants)]
+
+        def folded(r: Any, i: Any) -> Expr:
+            return r[0](*i) * r[1](i[1]) + r[2](i[1])
+
+        mapped(e, output, shape, operands, folded, name="batch_norm", layout=layout)
+        return
+
+    def element(r: Any, i: Any) -> Expr:
+        gamma, beta, mean, variance = (p(i[1]) for p in r[1:])
+        inverse = gamma / tirx.sqrt(variance + constant(epsilon, e.dtype(x)))
+        return (r[0](*i) - mean) * inverse + beta
+
+    operands = [held(e, x), *((e.plain(v), "plain") for v in values)]
+    mapped(e, output, shape, operands, element, name="batch_norm", layout=layout)
+
+
+def _scale_index(e: Emitter, node: onnx_ir.Node) -> Any:
+    """From a logical index of x to the index of its scale: one for all, one a slice of an axis, or blocks of it."""
+    x, scale = first(node), node.inputs[1]
+    assert scale is not None
+    rank, own = len(e.shape(x)), e.shape(scale)
+    axis = e.attribute(node, "axis", 1) % max(rank, 1)
+    block = e.attribute(node, "block_size", 0)
+    if block:
+        return lambda i: (*i[:axis], tirx.floordiv(i[axis], block), *i[axis + 1 :])
+    return lambda i: (i[axis],) if own and own != (1,) else (0,) * len(own)
+
+
+def _dequantize(e: Emitter, node: onnx_ir.Node) -> None:
+    x, scale, zero = first(node), node.inputs[1], (*node.inputs, None)[2]
+    assert scale is not None
+    at, dtype = _scale_index(e, node), e.dtype(scale)
+    operands = [held(e, x), (e.plain(scale), "plain")]
+    if zero is not None:
+        operands.append((e.plain(zero), "plain"))
+
+    def element(r: Any, i: Any) -> Expr:
+        code = r[0](*i).astype("int32")
+        if zero is not None:
+            code = code - r[2](*at(i)).astype("int32")
+        return code.astype(dtype) * r[1](*at(i))
+
+    mapped(e, node.outputs[0], e.shape(x), operands, element, name="dequantize", layout=e.layout(x))
+
+
+def _quantize(e: Emitter, node: onnx_ir.Node) -> None:
+    x, scale, zero = first(node), node.inputs[1], (*node.inputs, None)[2]
+    assert scale is not None
+    kind = e.attribute(node, "output_dtype", 0)
+    dtype = e.dtype(zero) if zero is not None else str(np.dtype(onnx_ir.DataType(kind or 2).numpy()))
+    limits = np.iinfo(dtype)
+    at = _scale_index(e, node)
+    operands = [held(e, x), (e.plain(scale), "plain")]
+    if zero is not None:
+        operands.append((e.plain(zero), "plain"))
+
+    def element(r: Any, i: Any) -> Expr:
+        code = tirx.nearbyint(r[0](*i) / r[1](*at(i)))
+        if zero is not None:
+            code = code + r[2](*at(i)).astype("float32")
+        low, high = constant(float(limits.min), "float32"), constant(float(limits.max), "float32")
+        return tirx.max(low, tirx.min(high, code)).astype("int32").astype(dtype)
+
+    mapped(e, node.outputs[0], e.shape(x), operands, element, name="quantize", layout=e.layout(x))
+
+
+HANDLERS: dict[str, Handler] = {
+    "BatchNormalization": _batch_norm,
+    "DequantizeLinear": _dequantize,
+    "QuantizeLinear": _quantize,
+}

@@ -1,0 +1,110 @@
+"""runner.cc: a C++ program that loads model.so with TVM's runtime and runs it on raw files."""
+
+from __future__ import annotations
+
+from mc_opt.targets._manifest import Port
+
+_CODES = {"int": "kDLInt", "uint": "kDLUInt", "float": "kDLFloat", "bool": "kDLBool"}
+
+
+def runner(inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> str:
+    """The program for a model with these inputs and outputs."""
+    return _TEMPLATE.replace("@INPUTS@", ", ".join(_port(p) for p in inputs)).replace("@OUTPUTS@", str(len(outputs)))
+
+
+def _port(port: Port) -> str:
+    kind = port.dtype.rstrip("0123456789")
+    bits = int(port.dtype[len(kind) :] or 8)
+    shape = ", ".join(str(d) for d in port.shape)
+    return f"{{{{{shape}}}, DLDataType{{{_CODES[kind]}, {bits}, 1}}}}"
+
+
+_TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...
+//
+// Inputs and outputs are raw files, in the order of manifest.json. Build it against TVM's headers and runtime,
+// TVM and FFI being the folders of the Python packages tvm and tvm_ffi:
+//   c++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
+//       -L$TVM/lib -L$FFI/lib -ltvm_runtime -ltvm_ffi -Wl,-rpath,$TVM/lib:$FFI/lib
+
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ffi = tvm::ffi;
+
+namespace {
+
+struct Port {
+  std::vector<int64_t> shape;
+  DLDataType dtype;
+};
+
+const std::vector<Port> kInputs = {@INPUTS@};
+const size_t kOutputs = @OUTPUTS@;
+
+struct Allocator {
+  void AllocData(DLTensor* tensor) {
+    size_t bytes = (ffi::GetDataSize(*tensor) + 63) / 64 * 64;
+    tensor->data = std::aligned_alloc(64, bytes ? bytes : 64);
+  }
+  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
+};
+
+ffi::Tensor Read(const Port& port, const std::string& path) {
+  ffi::Tensor tensor =
+      ffi::Tensor::FromNDAlloc(Allocator(), ffi::Shape(port.shape), port.dtype, DLDevice{kDLCPU, 0});
+  size_t bytes = ffi::GetDataSize(*tensor.GetDLTensorPtr());
+  std::ifstream file(path, std::ios::binary);
+  if (!file.read(static_cast<char*>(tensor.data_ptr()), bytes) || file.peek() != EOF) {
+    throw std::runtime_error(path + ": expected a file of " + std::to_string(bytes) + " bytes");
+  }
+  return tensor;
+}
+
+void Write(const ffi::Tensor& tensor, const std::string& path) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(static_cast<const char*>(tensor.data_ptr()), ffi::GetDataSize(*tensor.GetDLTensorPtr()));
+  if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
+}
+
+void Run(const std::vector<std::string>& paths) {
+  ffi::Module library = ffi::Module::LoadFromFile(paths[0]);
+  ffi::Module machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
+  const int kPooledAllocator = 2;
+  machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kPooledAllocator);
+  std::vector<ffi::AnyView> arguments;
+  std::vector<ffi::Tensor> inputs;
+  for (size_t k = 0; k < kInputs.size(); ++k) inputs.push_back(Read(kInputs[k], paths[1 + k]));
+  for (const ffi::Tensor& tensor : inputs) arguments.push_back(tensor);
+  ffi::Any result;
+  machine->GetFunction("main").value().CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+  ffi::Array<ffi::Tensor> outputs = result.cast<ffi::Array<ffi::Tensor>>();
+  for (size_t k = 0; k < kOutputs; ++k) Write(outputs[k], paths[1 + kInputs.size() + k]);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  std::vector<std::string> paths(words + 1, words + count);
+  if (paths.size() != 1 + kInputs.size() + kOutputs) {
+    std::fprintf(stderr, "usage: %s model.so (%zu input files) (%zu output files)\n", words[0], kInputs.size(),
+                 kOutputs);
+    return 2;
+  }
+  try {
+    Run(paths);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
+"""

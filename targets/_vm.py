@@ -1,0 +1,147 @@
+"""Artefacts on disk: checked against the machine, loaded into TVM's virtual machine, and run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mc_opt.ir import DataError, IRError
+from mc_opt.targets import _machine, _manifest
+from mc_opt.targets._manifest import Manifest, Port
+
+
+class Artefact:
+    """A built model, ready to run. Loading one executes native code: load only what you trust."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Load model.so; `load_artefact` is the door that checks first."""
+        # Imported here: naming an artefact's errors must not take TVM's seconds.
+        relax = importlib.import_module("tvm.relax")
+        self._tvm = importlib.import_module("tvm")
+        self.folder = folder
+        self.manifest = manifest
+        self._lock = threading.Lock()
+        if manifest.threads > 1:
+            self._tvm.get_global_func("runtime.config_threadpool")(1, manifest.threads)
+        try:
+            library = self._tvm.runtime.load_module(str(folder / "model.so"))
+        except Exception as error:
+            line = str(error).strip().splitlines()[-1]
+            raise IRError(f"{folder / 'model.so'}: cannot be loaded: {line}; build the artefact again") from error
+        self._main = relax.VirtualMachine(library, self._tvm.cpu())["main"]
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Names, shapes and types of the inputs, in the model's order."""
+        return self.manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """Names, shapes and types of the outputs, in the model's order."""
+        return self.manifest.outputs
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs for one set of inputs, in the model's order; safe to call from several threads.
+
+        Raises:
+            DataError: an input is missing, unknown, or has another shape or type.
+        """
+        arrays = check_inputs(self.manifest.inputs, inputs)
+        tensors = [self._tvm.runtime.tensor(a) for a in arrays]
+        with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
+            results = [r.numpy() for r in self._main(*tensors)]
+        return {port.name: array for port, array in zip(self.manifest.outputs, results, strict=True)}
+
+
+def check_inputs(ports: tuple[Port, ...], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The arrays in the order of `ports`, contiguous.
+
+    Raises:
+        DataError: an input is missing, unknown, or has another shape or type.
+    """
+    known = {p.name for p in ports}
+    for name in inputs:
+        if name not in known:
+            raise DataError(f"input {name!r}: the model has no such input (known: {', '.join(sorted(known))})")
+    arrays = []
+    for port in ports:
+        if port.name not in inputs:
+            raise DataError(f"input {port.name!r}: missing; expected {port.dtype}{list(port.shape)}")
+        array = np.asarray(inputs[port.name])
+        if array.shape != port.shape:
+            raise DataError(
+                f"input {port.name!r}: has shape {list(array.shape)}, expected {list(port.shape)};"
+                " a target's kernels are built for one shape: build again with another --shape"
+            )
+        if str(array.dtype) != port.dtype:
+            raise DataError(f"input {port.name!r}: is {array.dtype}, expected {port.dtype}; convert it with .astype")
+        arrays.append(np.ascontiguousarray(array))
+    return arrays
+
+
+def load_artefact(folder: str | Path, target: str | None = None) -> Artefact:
+    """Load what was built into `folder`: a target's own folder, or the output folder that holds it.
+
+    Args:
+        folder: the folder.
+        target: which target to take; the default is the first that this machine runs.
+
+    Raises:
+        IRError: nothing there was built for this machine, a file was changed, or another version built it.
+    """
+    folder = Path(folder)
+    if (folder / _manifest.NAME).is_file() and (target is None or folder.name == target):
+        return _load(folder)
+    built = sorted(p.parent for p in folder.glob(f"*/{_manifest.NAME}"))
+    names = ", ".join(p.name for p in built) or "none"
+    if target is not None:
+        if folder / target not in built:
+            raise IRError(f"{folder}: target {target!r} was not built (built: {names})")
+        return _load(folder / target)
+    if not built:
+        raise IRError(f"{folder}: holds no built target; build one with --target x86")
+    reasons = []
+    for place in built:
+        reason = unfit(_manifest.read(place))
+        if reason is None:
+            return _load(place)
+        reasons.append(f"{place.name}: {reason}")
+    raise IRError(f"{folder}: nothing here runs on this machine; {'; '.join(reasons)}")
+
+
+def unfit(manifest: Manifest) -> str | None:
+    """Why this machine cannot run an artefact; None when it can."""
+    if manifest.kind != "x86":
+        return f"built for {manifest.kind}"
+    if manifest.form != "vm":
+        return f"its form is {manifest.form}: link libmodel.a into a program"
+    absent = _machine.missing(manifest.features)
+    if absent:
+        return (
+            f"built for {manifest.cpu}, this processor ({_machine.processor()}) lacks {', '.join(absent)};"
+            " build with x86{cpu=x86-64-v3}"
+        )
+    return None
+
+
+def _load(folder: Path) -> Artefact:
+    manifest = _manifest.read(folder)
+    reason = unfit(manifest)
+    if reason is not None:
+        raise IRError(f"{folder}: cannot run here: {reason}")
+    here = importlib.metadata.version("apache-tvm")
+    if manifest.tvm != here:
+        raise IRError(
+            f"{folder}: built with TVM {manifest.tvm}, this is {here}; build it again, or install that version"
+        )
+    path = folder / "model.so"
+    if not path.is_file():
+        raise IRError(f"{path}: missing; build the artefact again")
+    if _manifest.sha256(path) != manifest.files.get("model.so"):
+        raise IRError(f"{path}: differs from the file that was built (SHA-256); build the artefact again")
+    return Artefact(folder, manifest)
