@@ -18,15 +18,26 @@ if TYPE_CHECKING:
     from mc_opt.targets import Artefact
 
 
-def capture(module: Any, example: Any = None, *, dynamic_shapes: Any = None) -> onnx_ir.Model:
+def capture(
+    module: Any,
+    example: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> onnx_ir.Model:
     """A model from a torch module, an fx GraphModule or an ExportedProgram (needs torch; BatchNorm is kept).
 
     Args:
         module: what to capture.
         example: inputs to trace with: a tensor, a tuple or a dict by name; nothing for an ExportedProgram.
         dynamic_shapes: open dimensions, as `torch.export.export` takes them.
+        input_names: names of the model's inputs; those of `forward`'s parameters otherwise.
+        output_names: names of the model's outputs.
     """
-    return ir.capture(module, example, dynamic_shapes=dynamic_shapes)
+    return ir.capture(
+        module, example, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names
+    )
 
 
 def load_model(path: str | os.PathLike[str], *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> onnx_ir.Model:

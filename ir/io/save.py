@@ -204,7 +204,7 @@ def _same(a: onnx_ir.TensorProtocol, b: onnx_ir.TensorProtocol) -> bool:
 
 def _facts(model: onnx_ir.Model) -> Iterator[tuple[object, ...]]:
     """Everything about a model but its weights' data, as comparable rows."""
-    yield "model", model.ir_version, dict(model.opset_imports), dict(model.metadata_props), model.doc_string
+    yield "model", model.ir_version, dict(model.opset_imports), dict(model.metadata_props), model.doc_string or None
     yield "functions", [(f.identifier(), len(f.graph)) for f in model.functions.values()]
     for way, graph in walk(model.graph):
         yield "graph", way, graph.name, len(graph), len(graph.initializers)

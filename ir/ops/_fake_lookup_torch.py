@@ -41,7 +41,7 @@ class _Nearest(torch.autograd.Function):  # type: ignore[misc]  # torch is not f
     def forward(ctx: Any, cells: Tensor, codebook: Tensor, scale: Tensor) -> Tensor:
         ascending, order = codebook.detach().sort(dim=-1, stable=True)
         middle = (ascending[..., :-1] + ascending[..., 1:]) * 0.5
-        x = cells / scale[..., None]
+        x = (cells / scale[..., None]).contiguous()  # searchsorted copies, and warns, otherwise
         if codebook.ndim == 1:
             codes = order[torch.searchsorted(middle, x, out_int32=True)].to(torch.uint8)
         else:
