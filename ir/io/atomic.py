@@ -232,14 +232,22 @@ def _explained(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back for the moment that a swap takes."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+    if threading.current_thread() is not threading.main_thread():  # only there do Python's handlers run
         yield
         return
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    held: list[int] = []
+    # Blocking the signals would not do: the system gives them to any thread, numpy's included.
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    ours = {s: handler for s, handler in before.items() if handler is not None}
+    for waiting in ours:
+        signal.signal(waiting, lambda number, _: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        for waiting, handler in ours.items():
+            signal.signal(waiting, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def _umask() -> int:

@@ -207,7 +207,7 @@ def _facts(model: onnx_ir.Model) -> Iterator[tuple[object, ...]]:
     yield "model", model.ir_version, dict(model.opset_imports), dict(model.metadata_props), model.doc_string or None
     yield "functions", [(f.identifier(), len(f.graph)) for f in model.functions.values()]
     for way, graph in walk(model.graph):
-        yield "graph", way, graph.name, len(graph), len(graph.initializers)
+        yield "graph", way, graph.name or None, len(graph), len(graph.initializers)
         for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
             for value in values:
                 yield kind, value.name, value.type, value.shape
@@ -215,5 +215,7 @@ def _facts(model: onnx_ir.Model) -> Iterator[tuple[object, ...]]:
             tensor = value.const_value
             yield "weight", name, None if tensor is None else (tensor.dtype, tuple(tensor.shape))
         for node in graph:
-            inputs = [v.name if v is not None else None for v in node.inputs]
-            yield "node", node.name, node.domain, node.op_type, inputs, [v.name for v in node.outputs]
+            # An input or output that is left out at the end is not written.
+            inputs = " ".join(v.name or "" if v is not None else "" for v in node.inputs).rstrip()
+            outputs = " ".join(v.name or "" for v in node.outputs).rstrip()
+            yield "node", node.name or None, node.domain, node.op_type, inputs, outputs
