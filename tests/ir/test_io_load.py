@@ -339,6 +339,15 @@ def test_an_infinite_mask_is_no_weight(tmp_path: Path) -> None:
     ir.load_model(tmp_path / "m.onnx")
 
 
+def test_a_real_graph_of_opset_9(tmp_path: Path) -> None:
+    """SqueezeNet as onnx itself ships it: IR 3, weights listed as inputs and made by ConstantOfShape."""
+    path = Path(onnx.__file__).parent / "backend/test/data/light/light_squeezenet.onnx"
+    model = ir.load_model(path)
+    assert len(model.graph.inputs) == 1
+    drift = ir.compare(ir.Session(path), ir.Session(model), ir.seeded_data(model, 1))
+    assert drift.outputs[0].max_abs == 0
+
+
 # Public models, opset 11 to 18
 
 PUBLIC = [
