@@ -80,7 +80,7 @@ def check_inputs(ports: tuple[Port, ...], inputs: Mapping[str, np.ndarray]) -> l
             )
         if str(array.dtype) != port.dtype:
             raise DataError(f"input {port.name!r}: is {array.dtype}, expected {port.dtype}; convert it with .astype")
-        arrays.append(np.ascontiguousarray(array))
+        arrays.append(np.asarray(array, order="C"))
     return arrays
 
 

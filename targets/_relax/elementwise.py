@@ -12,22 +12,19 @@ from tvm import tirx
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, elementwise
+from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
 # From a node to the function of its operands' expressions.
 Maker = Callable[[Emitter, onnx_ir.Node], Callable[..., Expr]]
 
 
-def _type(x: Expr) -> str:
-    return str(x.dtype if hasattr(x, "tensor") else x.ty)
-
-
 def _const(value: float, like: Expr) -> Expr:
-    return constant(value, _type(like))
+    return constant(value, type_of(like))
 
 
 def _is_float(x: Expr) -> bool:
-    return "float" in _type(x)
+    return "float" in type_of(x)
 
 
 def _operands(node: onnx_ir.Node) -> list[onnx_ir.Value]:
@@ -84,10 +81,10 @@ def _power(e: Emitter, node: onnx_ir.Node) -> Callable[..., Expr]:
 
 def _general_power(a: Expr, b: Expr) -> Expr:
     if _is_float(a):
-        return tirx.pow(a, b.astype(_type(a)))
+        return tirx.pow(a, b.astype(type_of(a)))
     # Integers go through float64, as ONNX Runtime does; exact below 2^53.
     power = tirx.pow(a.astype("float64"), b.astype("float64"))
-    return power.astype(_type(a))
+    return power.astype(type_of(a))
 
 
 def _shift(e: Emitter, node: onnx_ir.Node) -> Callable[..., Expr]:
@@ -135,7 +132,8 @@ def _minimum(a: Expr, b: Expr) -> Expr:
 
 
 def _relu(x: Expr) -> Expr:
-    return tirx.max(x, _const(0, x))
+    # One instruction, and a NaN stays one.
+    return tirx.Select(x < _const(0, x), _const(0, x), x)
 
 
 def _leaky_relu(e: Emitter, node: onnx_ir.Node) -> Callable[..., Expr]:
@@ -157,7 +155,7 @@ def _selu(e: Emitter, node: onnx_ir.Node) -> Callable[..., Expr]:
 
     def fn(x: Expr) -> Expr:
         low = _const(alpha, x) * (tirx.exp(tirx.min(x, _const(0, x))) - _const(1, x))
-        return _const(gamma, x) * tirx.Select(x > _const(0, x), x, low)
+        return _const(gamma, x) * tirx.Select(x < _const(0, x), low, x)
 
     return fn
 
@@ -186,9 +184,18 @@ def _gelu(e: Emitter, node: onnx_ir.Node) -> Callable[..., Expr]:
     return lambda x: _const(0.5, x) * x * (_const(1, x) + tirx.erf(x * _const(0.7071067811865476, x)))
 
 
+def _differ(a: Expr, b: Expr) -> Expr:
+    return tirx.any(tirx.all(a, tirx.Not(b)), tirx.all(tirx.Not(a), b))
+
+
+def _equal(a: Expr, b: Expr) -> Expr:
+    # LLVM's comparison of floats is what TVM writes for bool, and LLVM refuses it.
+    return tirx.Not(_differ(a, b)) if type_of(a) == "bool" else tirx.EQ(a, b)
+
+
 def _sign(x: Expr) -> Expr:
     zero, one = _const(0, x), _const(1, x)
-    return tirx.Select(x > zero, one, tirx.Select(x < zero, _const(-1, x), zero))
+    return tirx.Select(x > zero, one, tirx.Select(x < zero, _const(-1, x), x))
 
 
 def _round(x: Expr) -> Expr:
@@ -239,8 +246,8 @@ def _cast(e: Emitter, node: onnx_ir.Node) -> None:
 def cast(x: Expr, dtype: str) -> Expr:
     """Returns x in another type, as ONNX casts: to bool by comparison with 0, to integers towards zero."""
     if dtype == "bool":
-        return tirx.NE(x, _const(0, x)) if _type(x) != "bool" else x
-    if _type(x) == "bool":
+        return tirx.NE(x, _const(0, x)) if type_of(x) != "bool" else x
+    if type_of(x) == "bool":
         return tirx.Select(x, constant(1, dtype), constant(0, dtype))
     return x.astype(dtype)
 
@@ -287,7 +294,7 @@ HANDLERS: dict[str, Handler] = {
     "Div": _fixed(_divide),
     "Dropout": _identity,
     "Elu": _op(_elu, is_deep=True),
-    "Equal": _fixed(lambda a, b: tirx.EQ(a, b)),
+    "Equal": _fixed(_equal),
     "Erf": _fixed(lambda x: tirx.erf(x), is_deep=True),
     "Exp": _fixed(lambda x: tirx.exp(x), is_deep=True),
     "Floor": _fixed(lambda x: tirx.floor(x)),
@@ -327,5 +334,5 @@ HANDLERS: dict[str, Handler] = {
     "Swish": _op(_swish, is_deep=True),
     "Tanh": _fixed(lambda x: tirx.tanh(x), is_deep=True),
     "Where": _fixed(_where),
-    "Xor": _fixed(lambda a, b: tirx.NE(a, b)),
+    "Xor": _fixed(_differ),
 }

@@ -209,7 +209,7 @@ class Emitter:
         """A constant of the artefact; the same array object becomes one constant."""
         known = self._weights.get(id(array))
         if known is None:  # the array is kept too, so that its id stays its own
-            known = self._weights[id(array)] = (array, relax.const(np.ascontiguousarray(array)))
+            known = self._weights[id(array)] = (array, relax.const(np.asarray(array, order="C"), str(array.dtype)))
         return known[1]
 
     def set(self, value: onnx_ir.Value, expr: relax.Expr, layout: Layout = "plain") -> None:

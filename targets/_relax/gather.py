@@ -13,6 +13,7 @@ from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
 from mc_opt.targets._relax.shape import first
 from mc_opt.targets.kernels import lookup
+from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
 
@@ -25,8 +26,8 @@ def _second(node: onnx_ir.Node) -> onnx_ir.Value:
 
 def _at(index: Expr, extent: int) -> Expr:
     """An index that may count from the end, kept inside the axis: a kernel must not read wild memory."""
-    wrapped = tirx.Select(index < 0, index + constant(extent, str(index.dtype)), index)
-    low, high = constant(0, str(index.dtype)), constant(extent - 1, str(index.dtype))
+    wrapped = tirx.Select(index < 0, index + constant(extent, type_of(index)), index)
+    low, high = constant(0, type_of(index)), constant(extent - 1, type_of(index))
     return tirx.max(low, tirx.min(high, wrapped))
 
 
@@ -99,7 +100,9 @@ def _scatter_nd(e: Emitter, node: onnx_ir.Node) -> None:
         k = te.reduce_axis((0, rows), name="k")
 
         def hit(i: Any) -> Expr:
-            return tirx.all(*(tirx.EQ(_at(index(k, d), shape[d]), i[d].astype("int64")) for d in range(depth)))
+            return tirx.all(
+                *(tirx.EQ(_at(index(k, d), shape[d]).astype("int64"), i[d].astype("int64")) for d in range(depth))
+            )
 
         def added(*i: Expr) -> Expr:
             return te.sum(tirx.Select(hit(i), value(k, *i[depth:]), constant(0, str(a.dtype))), axis=k)

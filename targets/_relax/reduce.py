@@ -12,6 +12,7 @@ from tvm import te, tirx
 from mc_opt.targets._relax.emitter import Emitter, Handler, Layout, to_nhwc
 from mc_opt.targets._relax.mapped import constant, held, reader
 from mc_opt.targets._relax.shape import first, ints
+from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
 # What is reduced of an element, the reduction, and what is made of its result and the number of elements.
@@ -27,7 +28,7 @@ def _square(x: Expr) -> Expr:
 
 
 def _mean(total: Expr, count: int) -> Expr:
-    dtype = str(total.dtype)
+    dtype = type_of(total)
     if "float" in dtype:
         return total * constant(1.0 / count, dtype)
     return tirx.truncdiv(total, constant(count, dtype))
@@ -97,7 +98,7 @@ def _reduce(e: Emitter, node: onnx_ir.Node) -> None:
 
 
 def _product(x: Expr, axis: Sequence[Any]) -> Expr:
-    one = constant(1, str(x.dtype if hasattr(x, "tensor") else x.ty))
+    one = constant(1, type_of(x))
     return te.comm_reducer(lambda a, b: a * b, lambda _dtype: one, name="product")(x, axis=axis)
 
 
@@ -138,7 +139,6 @@ def _arg(e: Emitter, node: onnx_ir.Node) -> None:
     axis = e.attribute(node, "axis", 0) % len(shape)
     keeps, takes_last = bool(e.attribute(node, "keepdims", 1)), bool(e.attribute(node, "select_last_index", 0))
     sign = -1 if node.op_type == "ArgMin" else 1
-    dtype = e.dtype(x)
     result = [1 if k == axis else s for k, s in enumerate(shape) if keeps or k != axis]
 
     def better(a: Any, b: Any) -> Any:
@@ -162,7 +162,6 @@ def _arg(e: Emitter, node: onnx_ir.Node) -> None:
         index, _ = te.compute(tuple(result), element, name="arg")
         return te.compute(tuple(result), lambda *i: index(*i), name="index")
 
-    del dtype
     e.set(node.outputs[0], e.te(fn, e.plain(x), name=node.op_type.lower()))
 
 
