@@ -13,7 +13,7 @@ UNMARKED := not models and not qemu and not browser and not slow and not gpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo train test check test-all lint types fmt clean
+.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-big clean
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -40,13 +40,13 @@ train: $(STAMP)  ## train the demo's CNN again (the result is in the repository)
 	@$(BIN)/python examples/digits/train.py
 
 test: lint types  ## lint, types, and the unmarked and `ci` tests (10 minutes at most)
-	@$(BIN)/pytest -q $(PYTEST_FLAGS) -m '($(UNMARKED)) or (ci and not gpu)'
+	@$(BIN)/pytest $(PYTEST_FLAGS) -m '($(UNMARKED)) or (ci and not gpu)'
 
 check: lint types  ## lint, types and the unmarked tests (90 seconds at most)
-	@$(BIN)/pytest -q $(PYTEST_FLAGS) -m '$(UNMARKED)'
+	@$(BIN)/pytest $(PYTEST_FLAGS) -m '$(UNMARKED)'
 
 test-all: lint types  ## every test: all public models, slow, gpu
-	@$(BIN)/pytest -q $(PYTEST_FLAGS) -m ''
+	@$(BIN)/pytest $(PYTEST_FLAGS) -m ''
 
 lint: $(STAMP)  ## ruff: rules, fences and format
 	@$(BIN)/ruff check -q .
@@ -61,6 +61,13 @@ types: $(STAMP) .typing/mc_opt  ## mypy --strict on the four rooms
 
 .typing/mc_opt:
 	@mkdir -p .typing && ln -sfn .. .typing/mc_opt
+
+bench-models: $(STAMP)  ## every public model: exact passes, then denseshift on x86, each beside its bounds
+	@$(BIN)/python -m benchmarks.public_models
+	@$(BIN)/python -m benchmarks.public_models --passes fold-batch-norm,denseshift --target x86
+
+bench-big: $(STAMP)  ## a model of 2.5 GiB: seconds and peak memory
+	@$(BIN)/python -m benchmarks.big_model
 
 clean:  ## remove what make and the tests made (keeps .venv and the fetched models)
 	rm -rf out build dist .typing .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -61,7 +61,7 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     before, after = (_console.size_text(size.weight_bytes) for size in (report.before, report.after))
     click.echo(f"\nweights {before} -> {after}, nodes {report.before.nodes} -> {report.after.nodes}")
     for target in report.targets:
-        click.echo(f"{target.name}: {target.resolved}")
+        click.echo(f"target {target.resolved}")
         for line in target.fallbacks:
             click.echo(f"  general form: {line}")
     for unchecked in report.unchecked:
