@@ -84,7 +84,7 @@ def test_a_missing_file(mc_opt: Run, tmp_path: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        ({"y": np.zeros((3, 16), np.float32)}, "'x'"),
+        ({"y": np.zeros((3, 16), np.float32)}, "'y'"),
         ({"x": np.zeros((3, 17), np.float32)}, "17"),
         ({"x": np.zeros((3, 16), np.float64)}, "float64"),
         ({"x": np.zeros((0, 16), np.float32)}, ""),
