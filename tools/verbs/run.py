@@ -50,7 +50,7 @@ def command(
     source = ir.load_model(onnx_file, check="structure")
     if data_path is None:
         data = ir.seeded_data(source, 1, seed)
-        click.echo("mc-opt: no --data: one seeded random sample; its numbers mean little", err=True)
+        click.echo("warning: no --data: one seeded random sample; its numbers mean little", err=True)
     else:
         data = ir.load_data(data_path, source, states=carried)
     name, run = _runner(model, onnx_file, target)
