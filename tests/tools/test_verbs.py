@@ -88,7 +88,7 @@ def test_a_recipe_with_options_of_one_layer(mc_opt: Run, mlp: Path, out: Path) -
 def test_from_torch(mc_opt: Run, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     (tmp_path / "my_models.py").write_text(
-        "import torch\ndef tiny():\n    return torch.nn.Sequential(torch.nn.Linear(4, 3)).eval(), (torch.zeros(1, 4),)\n"
+        "from torch import nn, zeros\ndef tiny():\n    return nn.Sequential(nn.Linear(4, 3)).eval(), (zeros(1, 4),)\n"
     )
     monkeypatch.chdir(tmp_path)
     ran = mc_opt("--from-torch", "my_models:tiny", "--check", "structure", "-o", out)
