@@ -19,6 +19,7 @@ from mc_opt.passes._through import dim_of, pads_of, rank_of, through, title_of
 
 Plan = list[Callable[[], None]]
 
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
 _OWNERS = ("Conv", "ConvTranspose", "Gemm")  # ops with a bias of their own
 
 
@@ -52,7 +53,7 @@ class Folder:
             return ir.Skip(f"its input {value.name!r} comes from outside the body that it stands in")
         if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
             return self._back_into_layer(node, affine)
-        if node.op_type in ("Add", "Sub", "Mul", "Div"):
+        if node.op_type in _ELEMENTWISE:
             return self._back_elementwise(node, affine)
         if node.op_type == "Concat":
             return self._back_concat(node, affine)
@@ -99,12 +100,11 @@ class Folder:
             if c is None or (node.op_type == "Div" and (side == 0 or not c.all())):
                 return ir.Skip(f"its input comes from {title_of(node)}, which is no scale of a channel")
             factor = c if node.op_type == "Mul" else 1 / c
-            return _and(self.back(other, affine.after(factor, 0.0)), functools.partial(bypass, node, other))
+            return _and(self.back(other, affine.after(factor, 0.0)), functools.partial(bypass, node, 1 - side))
         sign = -1.0 if node.op_type == "Sub" and side == 0 else 1.0
-        producer = other.producer()
-        if c is not None and producer is not None and producer.op_type in _OWNERS:
+        if c is not None and _has_own_bias(other):
             shift = -c if node.op_type == "Sub" and side == 1 else c
-            return _and(self.back(other, affine.after(sign, shift)), functools.partial(bypass, node, other))
+            return _and(self.back(other, affine.after(sign, shift)), functools.partial(bypass, node, 1 - side))
         constant_sign = -1.0 if node.op_type == "Sub" and side == 1 else 1.0
         # s·(±x ± c) + t = ±s·x + (±s·c + t): the constant stays where it is and takes the shift.
         edit = functools.partial(self.editor.shift_constant, node, side, affine, rank, constant_sign)
@@ -164,7 +164,7 @@ class Folder:
             return self._on_conv(node, affine)
         if node.op_type in ("Gemm", "MatMul"):
             return self._on_matmul(node, index, affine)
-        if node.op_type in ("Add", "Sub", "Mul", "Div"):
+        if node.op_type in _ELEMENTWISE:
             return self._on_elementwise(node, index, affine)
         if index != 0:
             return ir.Skip(f"its result goes to {title_of(node)}")
@@ -243,7 +243,15 @@ class Folder:
                 moved = affine.then(1.0, c)
             case _:
                 moved = affine.then(1.0, -c) if index == 0 else affine.then(-1.0, c)
-        return _and(self.on(node.outputs[0], moved), functools.partial(bypass, node, x))
+        return _and(self.on(node.outputs[0], moved), functools.partial(bypass, node, index))
+
+
+def _has_own_bias(value: onnx_ir.Value) -> bool:
+    """Whether the layer behind a value, and behind constant scales and shifts, has a bias to take a shift."""
+    node = value.producer()
+    while node is not None and node.op_type in _ELEMENTWISE and (side := constant_side(node)) is not None:
+        node = value_at(node, 1 - side).producer()
+    return node is not None and node.op_type in _OWNERS
 
 
 def _and(plan: Plan | ir.Skip, edit: Callable[[], None]) -> Plan | ir.Skip:

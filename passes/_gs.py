@@ -6,7 +6,7 @@ functions of a model. Nodes are followed as objects; the rest is found again by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class Surgery:
     Attributes:
         graph: for the script.
         tensors: the weights, by the keys of their stubs.
+        constants: the constants as they went in, by name.
         nodes: the node that each imported one came from, with the attributes it had then.
         weights: the constants that were handed out, with their stubs.
     """
@@ -49,12 +50,14 @@ class Surgery:
     model: onnx_ir.Model
     graph: gs.Graph = field(init=False)
     tensors: dict[str, onnx_ir.TensorProtocol] = field(init=False)
+    constants: dict[str, onnx.TensorProto] = field(init=False)
     nodes: dict[int, tuple[gs.Node, onnx.NodeProto, dict[str, Any]]] = field(default_factory=dict)
     weights: dict[int, tuple[gs.Constant, _Weight]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         proto, self.tensors = ir.weightless(self.model)
         del proto.functions[:]  # they stay with the model
+        self.constants = {t.name: t for g in (proto.graph, *_bodies(proto.graph)) for t in g.initializer}
         with G_LOGGER.suppress(G_LOGGER.ERROR):
             self.graph = gs.import_onnx(proto)
         self._follow(self.graph, proto.graph)
@@ -93,7 +96,7 @@ class Surgery:
         except Exception as error:  # the package checks little: whatever a wrong graph makes it raise
             raise ir.IRError(f"the graph cannot be written: {error}") from error
         self._restore_nodes(graph, proto.graph, taken)
-        _settle(proto.graph, self.model.graph)
+        _settle(proto.graph, self.model.graph, self.constants)
         _strip(proto.graph, set())
         proto.ir_version = self.model.ir_version
         return self._dress(onnx_ir.from_proto(proto))
@@ -167,9 +170,15 @@ class Surgery:
         return made
 
 
-def _settle(proto: onnx.GraphProto, old: onnx_ir.Graph) -> None:
-    """Put weights back into the graph that they stood in: the package writes them into every body that reads them."""
+def _settle(proto: onnx.GraphProto, old: onnx_ir.Graph, constants: Mapping[str, onnx.TensorProto]) -> None:
+    """Put weights back into the graph that they stood in: the package writes them into every body that reads them.
+
+    Those that nothing reads it does not know at all.
+    """
+    unused = [constants[name] for name, v in old.initializers.items() if not v.uses() and not v.is_graph_output()]
     present = {t.name for t in proto.initializer}
+    proto.initializer.extend(t for t in unused if t.name not in present)
+    present.update(t.name for t in unused)
     read = [t for inner in _bodies(proto) for t in inner.initializer]
     for tensor in read:
         if tensor.name in old.initializers and tensor.name not in present:
@@ -184,7 +193,7 @@ def _settle(proto: onnx.GraphProto, old: onnx_ir.Graph) -> None:
         for attribute in node.attribute:
             known = inner.get((next(iter(node.output), ""), attribute.name))
             if known is not None and known.type == onnx_ir.AttributeType.GRAPH and attribute.HasField("g"):
-                _settle(attribute.g, known.as_graph())
+                _settle(attribute.g, known.as_graph(), constants)
 
 
 def _strip(graph: onnx.GraphProto, outer: set[str]) -> None:

@@ -26,6 +26,11 @@ class Editor:
 
     def scale_outputs(self, node: onnx_ir.Node, affine: Affine) -> None:
         """Conv, ConvTranspose, Gemm: the layer computes s·y + t."""
+        beta = self._beta(node)
+        bias = self._bias(node)
+        if bias is not None or affine.shifts:
+            old = np.float64(0) if bias is None else bias.astype(np.float64)
+            self._write_bias(node, affine.s * old + affine.t / beta)
         w = self._data(value_at(node, 1))
         match node.op_type:
             case "Conv":
@@ -34,11 +39,6 @@ class Editor:
                 self._write(node, 1, _affine.scale_grouped(w, affine.s, int_attribute(node, "group", 1)))
             case _:
                 self._write(node, 1, _affine.scale_axis(w, affine.s, 0 if int_attribute(node, "transB", 0) else 1))
-        beta = self._beta(node)
-        bias = self._bias(node)
-        if bias is not None or affine.shifts:
-            old = np.float64(0) if bias is None else bias.astype(np.float64)
-            self._write_bias(node, affine.s * old + affine.t / beta)
 
     def scale_inputs(self, node: onnx_ir.Node, s: np.ndarray) -> None:
         """Conv, ConvTranspose: the layer takes x where it took s·x."""
@@ -183,9 +183,9 @@ class Editor:
         return ir.initializer(graph, name, self.ctx.keep(array, name))
 
 
-def bypass(node: onnx_ir.Node, value: onnx_ir.Value) -> None:
-    """Take out a node: who read its result reads `value`."""
-    output, graph = node.outputs[0], node.graph
+def bypass(node: onnx_ir.Node, index: int) -> None:
+    """Take out a node: who read its result reads what the node reads at `index` by now."""
+    output, value, graph = node.outputs[0], value_at(node, index), node.graph
     assert graph is not None
     onnx_ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
     graph.remove(node, safe=True)

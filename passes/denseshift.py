@@ -159,7 +159,7 @@ def _layer_at(node: onnx_ir.Node) -> str | None:
             maker.domain == "mc_opt" or maker.metadata_props.get("mc_opt.pass") is not None
         )
         if value.is_initializer() or decoded:
-            return value.metadata_props.get("mc_opt.layer") or value.name
+            return ir.layer_of(value)
     return None
 
 

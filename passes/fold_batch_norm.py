@@ -77,7 +77,7 @@ def _layer(node: onnx_ir.Node) -> str:
     """The name of a BatchNormalization's scale, its weight; of the result where that is shared or computed."""
     scale = node.inputs[1]
     own = scale is not None and is_constant(scale) and len(scale.uses()) == 1
-    name = (scale.metadata_props.get("mc_opt.layer") or scale.name) if own and scale is not None else None
+    name = ir.layer_of(scale) if own and scale is not None else None
     return name or node.outputs[0].name or "?"
 
 
@@ -107,6 +107,6 @@ def _give_name(node: onnx_ir.Node, result: onnx_ir.Value) -> None:
 def _remove(node: onnx_ir.Node, source: onnx_ir.Value) -> None:
     parameters = [v for v in node.inputs[1:] if v is not None]
     source.shape = source.shape or node.outputs[0].shape
-    bypass(node, source)
+    bypass(node, 0)
     for value in dict.fromkeys(parameters):
         discard(value)
