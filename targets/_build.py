@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, s_tir
+from tvm.tirx import compilation_pipeline
 
 from mc_opt import ir
 from mc_opt.targets._machine import Machine
@@ -22,6 +23,7 @@ from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _schedule
 
 _STEPS = 4
+_PIPELINE = "mc_opt"
 
 
 class Reporter:
@@ -64,7 +66,7 @@ def serve() -> None:
 
 
 def _build(path: str, folder: Path, machine: Machine, form: str, reporter: Reporter) -> dict[str, Any]:
-    intrinsics.register()
+    prepare_compiler()
     model = ir.load_model(path, check="structure")
     target = llvm_target(machine)
     with reporter.step("lower"):
@@ -142,9 +144,23 @@ def _pipeline() -> tvm.transform.Pass:
     )
 
 
+def _kernel_pipeline() -> tuple[Any, ...]:
+    """TVM's own way from schedules to LLVM, and our elementary functions beside the kernels."""
+    passes, *finalizers = s_tir.pipeline.default_s_tir_pipeline()
+    functions = tvm.transform.module_pass(lambda module, _: intrinsics.with_functions(module), opt_level=0)
+    return tvm.transform.Sequential([passes, functions]), *finalizers
+
+
+def prepare_compiler() -> str:
+    """Make TVM's compiler use our elementary functions, in the whole process; the name of its pipeline."""
+    intrinsics.register()
+    compilation_pipeline.PIPELINE_MAP[_PIPELINE] = _kernel_pipeline
+    return _PIPELINE
+
+
 def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter) -> dict[str, Any]:
     with reporter.step("compile"):
-        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline())
+        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline(), tir_pipeline=_PIPELINE)
     with reporter.step("link"):
         work = folder / "objects"
         work.mkdir()

@@ -31,16 +31,16 @@ def _operands(node: onnx_ir.Node) -> list[onnx_ir.Value]:
     return [v for v in node.inputs if v is not None]
 
 
-def _op(maker: Maker, *, is_deep: bool = False) -> Handler:
+def _op(maker: Maker) -> Handler:
     def handler(e: Emitter, node: onnx_ir.Node) -> None:
         fn = maker(e, node)
-        elementwise(e, node.outputs[0], _operands(node), fn, name=node.op_type.lower(), is_deep=is_deep)
+        elementwise(e, node.outputs[0], _operands(node), fn, name=node.op_type.lower())
 
     return handler
 
 
-def _fixed(fn: Callable[..., Expr], *, is_deep: bool = False) -> Handler:
-    return _op(lambda _e, _node: fn, is_deep=is_deep)
+def _fixed(fn: Callable[..., Expr]) -> Handler:
+    return _op(lambda _e, _node: fn)
 
 
 def _divide(a: Expr, b: Expr) -> Expr:
@@ -293,12 +293,12 @@ HANDLERS: dict[str, Handler] = {
     "Cos": _fixed(lambda x: tirx.cos(x)),
     "Div": _fixed(_divide),
     "Dropout": _identity,
-    "Elu": _op(_elu, is_deep=True),
+    "Elu": _op(_elu),
     "Equal": _fixed(_equal),
-    "Erf": _fixed(lambda x: tirx.erf(x), is_deep=True),
-    "Exp": _fixed(lambda x: tirx.exp(x), is_deep=True),
+    "Erf": _fixed(lambda x: tirx.erf(x)),
+    "Exp": _fixed(lambda x: tirx.exp(x)),
     "Floor": _fixed(lambda x: tirx.floor(x)),
-    "Gelu": _op(_gelu, is_deep=True),
+    "Gelu": _op(_gelu),
     "Greater": _fixed(lambda a, b: a > b),
     "GreaterOrEqual": _fixed(lambda a, b: a >= b),
     "HardSigmoid": _op(_hard_sigmoid),
@@ -309,7 +309,7 @@ HANDLERS: dict[str, Handler] = {
     "LeakyRelu": _op(_leaky_relu),
     "Less": _fixed(lambda a, b: a < b),
     "LessOrEqual": _fixed(lambda a, b: a <= b),
-    "Log": _fixed(lambda x: tirx.log(x), is_deep=True),
+    "Log": _fixed(lambda x: tirx.log(x)),
     "Max": _extreme(_maximum),
     "Mean": _op(_mean),
     "Min": _extreme(_minimum),
@@ -323,16 +323,16 @@ HANDLERS: dict[str, Handler] = {
     "Reciprocal": _fixed(_reciprocal),
     "Relu": _fixed(_relu),
     "Round": _fixed(_round),
-    "Selu": _op(_selu, is_deep=True),
-    "Sigmoid": _fixed(lambda x: tirx.sigmoid(x), is_deep=True),
+    "Selu": _op(_selu),
+    "Sigmoid": _fixed(lambda x: tirx.sigmoid(x)),
     "Sign": _fixed(_sign),
     "Sin": _fixed(lambda x: tirx.sin(x)),
-    "Softplus": _fixed(_softplus, is_deep=True),
+    "Softplus": _fixed(_softplus),
     "Sqrt": _fixed(lambda x: tirx.sqrt(x)),
     "Sub": _fixed(lambda a, b: a - b),
     "Sum": _op(_sum),
-    "Swish": _op(_swish, is_deep=True),
-    "Tanh": _fixed(lambda x: tirx.tanh(x), is_deep=True),
+    "Swish": _op(_swish),
+    "Tanh": _fixed(lambda x: tirx.tanh(x)),
     "Where": _fixed(_where),
     "Xor": _fixed(_differ),
 }

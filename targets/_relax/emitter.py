@@ -90,7 +90,6 @@ class Emitter:
         self.kernels: list[str] = []
         self.fallbacks: list[str] = []
         self._held: dict[onnx_ir.Value, _Held] = {}
-        self._depths: dict[onnx_ir.Value, int] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
 
     # what a handler asks
@@ -227,19 +226,10 @@ class Emitter:
     def alias(self, value: onnx_ir.Value, source: onnx_ir.Value) -> None:
         """State that a value is another one; conversions of either serve both."""
         self._held[value] = self._get(source)
-        self._depths[value] = self.depth(source)
 
     def set_lazy(self, value: onnx_ir.Value, shape: Sequence[int], make: Callable[[], relax.Expr]) -> None:
         """State how to compute a value, plain, once somebody asks for it; a decode that no one reads is not made."""
         self._held[value] = _Held(tuple(shape), make=make)
-
-    def depth(self, value: onnx_ir.Value) -> int:
-        """How many long elementwise functions (exp, tanh) are fused into the value's computation."""
-        return self._depths.get(value, 0)
-
-    def set_depth(self, value: onnx_ir.Value, depth: int) -> None:
-        """State a value's depth; 0 when it is never stated."""
-        self._depths[value] = depth
 
     def note_kernel(self, text: str) -> None:
         """Record for the report that a special kernel took a node."""

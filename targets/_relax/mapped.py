@@ -14,9 +14,6 @@ from mc_opt.targets._relax.emitter import Emitter, Layout
 # Reads one element of an operand at a logical index, in ONNX's order of axes.
 Reader = Callable[..., Any]
 
-# kOutEWiseFusable: FuseOps never puts two of these into one kernel, and none behind an elementwise op.
-_FUSION_HEAD = 4
-
 
 def held(e: Emitter, value: onnx_ir.Value) -> tuple[relax.Expr, Layout]:
     """The value as it is held: an expression and its layout, without any conversion."""
@@ -41,7 +38,6 @@ def mapped(
     *,
     name: str,
     layout: Layout = "plain",
-    is_head: bool = False,
 ) -> None:
     """Emit `output[i] = element(readers, i)` with `i` logical, stored in `layout`.
 
@@ -53,7 +49,6 @@ def mapped(
         element: from the list of readers and the logical index to the element's expression.
         name: the kernel's name.
         layout: how the output is stored.
-        is_head: keep the kernel from being fused behind an elementwise one.
     """
 
     def fn(*tensors: te.Tensor) -> te.Tensor:
@@ -63,10 +58,7 @@ def mapped(
         stored = (shape[0], *shape[2:], shape[1])
         return te.compute(stored, lambda *i: element(readers, (i[0], i[-1], *i[1:-1])), name=name)
 
-    attributes = {"op_pattern": _FUSION_HEAD} if is_head else None
-    args = [expr for expr, _ in operands]
-    expr = e.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=attributes)
-    e.set(output, expr, layout)
+    e.set(output, e.te(fn, *[expr for expr, _ in operands], name=name), layout)
 
 
 def elementwise(
@@ -76,7 +68,6 @@ def elementwise(
     fn: Callable[..., Any],
     *,
     name: str,
-    is_deep: bool = False,
 ) -> None:
     """Emit `output = fn(*values)` with numpy's broadcasting; constants of one element go into the code.
 
@@ -86,8 +77,6 @@ def elementwise(
         values: the operands.
         fn: from one expression an operand to the result's expression.
         name: the kernel's name.
-        is_deep: `fn` is long (exp, tanh, ..); a chain of such kernels is not fused, because the
-            compiler's time grows with the product of their lengths.
     """
     shape = np.broadcast_shapes(*(e.shape(v) for v in values))
     rank = len(shape)
@@ -103,7 +92,6 @@ def elementwise(
             continue
         access.append(_access(len(operands), e.shape(value), shape))
         operands.append(_operand(e, value, shape, layout))
-    depth = max((e.depth(v) for v in values), default=0)
     mapped(
         e,
         output,
@@ -112,9 +100,7 @@ def elementwise(
         lambda readers, i: fn(*(a(readers, i) for a in access)),
         name=name,
         layout=layout,
-        is_head=is_deep and depth > 0,
     )
-    e.set_depth(output, 1 if is_deep else depth)
 
 
 def constant(value: float | bool, dtype: str) -> Any:

@@ -62,7 +62,6 @@ def _view(e: Emitter, node: onnx_ir.Node, shape: Sequence[int]) -> None:
         e.set(output, e.reshape(e.nhwc(x), shape))
     else:
         e.set(output, e.reshape(e.plain(x), shape))
-    e.set_depth(output, e.depth(x))
 
 
 def _is_flat(shape: Sequence[int], _new: Sequence[int]) -> bool:

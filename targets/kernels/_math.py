@@ -1,8 +1,9 @@
 """Elementary functions as vectorisable expressions: polynomials and bit moves, no call into libm.
 
 LLVM turns a vector call of `exp` or `erf` into one library call a lane; these expressions stay in
-vector registers. Every function takes a float32 expression, scalar or vector, and is within a few
-units in the last place of the exact value; infinities and NaN behave as in the standard library.
+vector registers. A kernel uses `exp(x)`, one opaque node, to which the build gives `exp_definition`.
+Every function takes a float32 expression, scalar or vector, and is within a few units in the last
+place of the exact value; infinities and NaN behave as in the standard library.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def _power_of_two(n: Expr, like: Expr) -> Expr:
 
 def exp(x: Expr) -> Expr:
     """Returns e^x: 2^n · e^r with |r| ≤ ln 2 / 2; denormal results and overflow to infinity included."""
+    return tirx.exp(x)
+
+
+def exp_definition(x: Expr) -> Expr:
+    """Returns what `exp` computes, as an expression of one named argument."""
     return bind(x, _exp)
 
 
@@ -99,26 +105,40 @@ def _power_in_two_steps(n: Expr, like: Expr) -> Expr:
 
 def exp_not_positive(x: Expr) -> Expr:
     """Returns e^x for x ≤ 0 (softmax after its maximum): results below 2^-126 become 0."""
-    return bind(x, _exp_not_positive)
+    return tirx.exp(x)
 
 
 def _exp_not_positive(x: Expr) -> Expr:
+    return bind(x, _exp_not_positive_of)
+
+
+def _exp_not_positive_of(x: Expr) -> Expr:
     lowest = constant(-87.0, x)
     return bind(tirx.Select(x < lowest, lowest, x), lambda x: _exp_scaled(x, _power_of_two))
 
 
 def sigmoid(x: Expr) -> Expr:
     """Returns 1 / (1 + e^-x)."""
+    return tirx.sigmoid(x)
+
+
+def sigmoid_definition(x: Expr) -> Expr:
+    """Returns what `sigmoid` computes, as an expression of one named argument."""
     return bind(x, _sigmoid)
 
 
 def _sigmoid(x: Expr) -> Expr:
     one = constant(1.0, x)
-    return one / (one + exp(constant(0.0, x) - x))
+    return one / (one + exp_definition(constant(0.0, x) - x))
 
 
 def tanh(x: Expr) -> Expr:
     """Returns tanh x: an odd polynomial below 0.625, (1 - e^-2|x|) / (1 + e^-2|x|) above."""
+    return tirx.tanh(x)
+
+
+def tanh_definition(x: Expr) -> Expr:
+    """Returns what `tanh` computes, as an expression of one named argument."""
     return bind(x, _tanh)
 
 
@@ -132,7 +152,7 @@ def _tanh(x: Expr) -> Expr:
     size = tirx.abs(x)
     one = constant(1.0, x)
     # Beyond 10 the result is 1 in float32; the clamp keeps a NaN.
-    e = exp_not_positive(constant(-2.0, x) * clamp(size, 0.0, 10.0))
+    e = _exp_not_positive(constant(-2.0, x) * clamp(size, 0.0, 10.0))
     large = bind(e, lambda e: (one - e) / (one + e))
     large = bind(large, lambda large: tirx.Select(x < constant(0.0, x), constant(0.0, x) - large, large))
     return tirx.Select(size < constant(0.625, x), small, large)
@@ -140,6 +160,11 @@ def _tanh(x: Expr) -> Expr:
 
 def erf(x: Expr) -> Expr:
     """Returns erf x as x · P(x²) / Q(x²) on |x| ≤ 4, beyond which float32 holds ±1."""
+    return tirx.erf(x)
+
+
+def erf_definition(x: Expr) -> Expr:
+    """Returns what `erf` computes, as an expression of one named argument."""
     return bind(x, _erf)
 
 
@@ -195,6 +220,11 @@ def log(x: Expr) -> Expr:
 
     0 gives -inf, a negative number NaN; denormal arguments are treated as the least normal number.
     """
+    return tirx.log(x)
+
+
+def log_definition(x: Expr) -> Expr:
+    """Returns what `log` computes, as an expression of one named argument."""
     return bind(x, _log)
 
 
