@@ -91,6 +91,11 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):  # click makes the second of the first
         click.echo("mc-opt: interrupted", err=True)
         return _failure.INTERRUPTED
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # click's answer to a reader that closed the pipe
+            return _failure.OK
+        click.echo(f"mc-opt: a script or factory ended the run by sys.exit({error.code!r}); return instead", err=True)
+        return _failure.INPUT
     except Exception as error:
         failure = _failure.describe(error, traceback="--traceback" in arguments)
         click.echo(failure.text, err=True)
@@ -100,11 +105,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The entry point of the installed command `mc-opt`."""
-    # A reader that closes the pipe (`mc-opt passes | head`) is no error of ours.
+    code = run(sys.argv[1:])
     try:
-        code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # as in `mc-opt passes | head -1`, where the rest is not wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)

@@ -303,3 +303,19 @@ raise SystemExit(cli.run([{str(mlp)!r}, "-o", {str(out)!r}]))
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     assert not out.exists() and sorted(p.name for p in out.parent.iterdir()) == ["in"]
+
+
+def test_a_reader_that_closes_the_pipe(mlp: Path) -> None:
+    code = "from mc_opt.tools import cli; import sys; sys.argv[1:] = ['inspect', sys.argv[1], '--json']; cli.main()"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run([sys.executable, "-c", code, str(mlp)], stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_a_factory_that_exits(mc_opt: Run, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaving.py").write_text("def factory():\n    raise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    ran = mc_opt("--from-torch", "leaving:factory", "-o", out)
+    assert ran.code == 4 and "sys.exit(0)" in ran.error and not out.exists()
