@@ -86,13 +86,14 @@ def cli() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; errors are printed on stderr."""
+    stdout = sys.stdout
     try:
         result: Any = cli.main(args=list(arguments), prog_name="mc-opt", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):  # click makes the second of the first
         click.echo("mc-opt: interrupted", err=True)
         return _failure.INTERRUPTED
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # click's answer to a reader that closed the pipe
+        if sys.stdout is not stdout:  # click's answer to a reader that closed the pipe: it shields stdout and exits
             return _failure.OK
         click.echo(f"mc-opt: a script or factory ended the run by sys.exit({error.code!r}); return instead", err=True)
         return _failure.INPUT
