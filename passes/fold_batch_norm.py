@@ -46,14 +46,14 @@ class FoldBatchNorm(Pass):
         for done, node in enumerate(found):
             layer = _layer(node)
             ctx.progress(done, len(found), layer)
-            declined = self.declines(layer) or self._fold(node, ctx)
+            declined = self.declines(layer) or self._fold(node, layer, ctx)
             if declined is None:
                 folded += 1
             else:
                 ctx.skip(layer, declined)
         return folded
 
-    def _fold(self, node: onnx_ir.Node, ctx: Context) -> ir.Skip | None:
+    def _fold(self, node: onnx_ir.Node, layer: str, ctx: Context) -> ir.Skip | None:
         affine = _read(node, ctx)
         if isinstance(affine, ir.Skip):
             return affine
@@ -63,6 +63,7 @@ class FoldBatchNorm(Pass):
             for edit in back:
                 edit()
             _give_name(node, result)
+            ctx.note(layer, "folded into the layer before it")
             return None
         on = Folder(Editor(ctx, (self.name, "into the layers after")), self.border).on(result, affine)
         if isinstance(on, ir.Skip):
@@ -70,6 +71,7 @@ class FoldBatchNorm(Pass):
         for edit in on:
             edit()
         _remove(node, source)
+        ctx.note(layer, "folded into the layers after it")
         return None
 
 
