@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import relax, s_tir
-from tvm.tirx import compilation_pipeline
+from tvm import relax
 
+import mc_opt
 from mc_opt import ir
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _schedule
 
 _STEPS = 4
-_PIPELINE = "mc_opt"
 
 
 class Reporter:
@@ -57,21 +56,26 @@ def serve() -> None:
     request = json.loads(sys.argv[2])
     machine = Machine(**{**request["machine"], "features": tuple(request["machine"]["features"])})
     try:
-        answer = _build(request["model"], Path(request["folder"]), machine, request["form"], reporter)
+        answer = _build(
+            request["model"], Path(request["folder"]), machine, request["form"], request["prefix"], reporter
+        )
     except MemoryError:
         answer = {"kind": "LimitError", "error": "the build ran out of memory; build on a machine with more"}
     except ir.IRError as error:
         answer = {"kind": type(error).__name__, "error": str(error)}
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        answer = {"kind": "TargetError", "error": f"{Path(error.cmd[0]).name} failed: {said[0]}"}
     reporter.send(answer)
 
 
-def _build(path: str, folder: Path, machine: Machine, form: str, reporter: Reporter) -> dict[str, Any]:
-    prepare_compiler()
+def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, reporter: Reporter) -> dict[str, Any]:
+    intrinsics.register()
     model = ir.load_model(path, check="structure")
     target = llvm_target(machine)
     with reporter.step("lower"):
         lowered = lower.lower(model, machine, lambda _done, _total, _what: None)
-        outputs = [v.name for v in model.graph.outputs]
+        inputs, outputs = ([str(v.name) for v in ports] for ports in (model.graph.inputs, model.graph.outputs))
         del model
     with target:
         with reporter.step("fuse and schedule"):
@@ -80,17 +84,14 @@ def _build(path: str, folder: Path, machine: Machine, form: str, reporter: Repor
             types = [(tuple(int(d) for d in t.shape), str(t.dtype)) for t in main.ret_ty.fields]
             module, notes = _schedule.schedule(module, machine)
         if form == "static":
-            from mc_opt.targets import _c  # the second printer, with its own tools
-
-            extra = _c.write(module, target, folder, reporter)
+            _write_static(module, machine, folder, prefix=prefix, names=(inputs, outputs), reporter=reporter)
         else:
-            extra = _write_vm(module, target, folder, reporter)
+            _write_vm(module, target, folder, reporter)
     return {
         "outputs": [[n, list(shape), dtype] for n, (shape, dtype) in zip(outputs, types, strict=True)],
         "kernels": sorted(lowered.kernels),
         "fallbacks": sorted([*lowered.fallbacks, *notes]),
         "seconds": reporter.seconds,
-        **extra,
     }
 
 
@@ -144,23 +145,9 @@ def _pipeline() -> tvm.transform.Pass:
     )
 
 
-def _kernel_pipeline() -> tuple[Any, ...]:
-    """TVM's own way from schedules to LLVM, and our elementary functions beside the kernels."""
-    passes, *finalizers = s_tir.pipeline.default_s_tir_pipeline()
-    functions = tvm.transform.module_pass(lambda module, _: intrinsics.with_functions(module), opt_level=0)
-    return tvm.transform.Sequential([passes, functions]), *finalizers
-
-
-def prepare_compiler() -> str:
-    """Make TVM's compiler use our elementary functions, in the whole process; the name of its pipeline."""
-    intrinsics.register()
-    compilation_pipeline.PIPELINE_MAP[_PIPELINE] = _kernel_pipeline
-    return _PIPELINE
-
-
-def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter) -> dict[str, Any]:
+def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter) -> None:
     with reporter.step("compile"):
-        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline(), tir_pipeline=_PIPELINE)
+        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline(), tir_pipeline=intrinsics.PIPELINE)
     with reporter.step("link"):
         work = folder / "objects"
         work.mkdir()
@@ -168,7 +155,23 @@ def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, rep
         for file in work.iterdir():
             file.unlink()
         work.rmdir()
-    return {}
+
+
+def _write_static(
+    module: tvm.IRModule,
+    machine: Machine,
+    folder: Path,
+    *,
+    prefix: str,
+    names: tuple[list[str], list[str]],
+    reporter: Reporter,
+) -> None:
+    from mc_opt.targets import _c  # only this form needs the C compiler that it looks for
+    from mc_opt.targets._c_source import Identity
+
+    versions = f"mc-opt {mc_opt.__version__}, TVM {tvm.__version__}"
+    identity = Identity(prefix, machine.cpu, machine.features, versions)
+    _c.print_c(module, llvm_target(machine), folder, names=names, identity=identity, step=reporter.step)
 
 
 def _linker() -> Callable[..., None]:

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tvm import tirx
+from tvm import s_tir, tirx
+from tvm.tirx import compilation_pipeline
 
 from mc_opt.targets.kernels import _math
 
 Expr = Any
+
+# The name of the pipeline that compiles kernels, once `register` was called.
+PIPELINE = "mc_opt"
 
 _FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {
     "exp": _math.exp_definition,
@@ -32,6 +36,14 @@ def register() -> None:
     """Make float32 code use our functions; for the whole process, so only a build's own process does it."""
     for name in _FUNCTIONS:
         tirx.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_rule(name), level=99)
+    compilation_pipeline.PIPELINE_MAP[PIPELINE] = _pipeline
+
+
+def _pipeline() -> tuple[Any, ...]:
+    """TVM's own way from schedules to LLVM, and our functions beside the kernels."""
+    passes, *finalizers = s_tir.pipeline.default_s_tir_pipeline()
+    functions = tvm.transform.module_pass(lambda module, _: with_functions(module), opt_level=0)
+    return tvm.transform.Sequential([passes, functions]), *finalizers
 
 
 def _rule(name: str) -> Callable[[Any], Any]:
