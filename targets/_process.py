@@ -26,15 +26,18 @@ _KILLED = -9
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the child is asked: which model, for which machine, printed in which form, where to."""
+    """What the child is asked: which model, for which machine, printed in which form, with which names, where to."""
 
     model: str
     folder: str
     machine: Machine
     form: str
+    prefix: str
 
 
-def build(model: onnx_ir.Model, folder: Path, machine: Machine, *, form: str, progress: Progress) -> dict[str, Any]:
+def build(
+    model: onnx_ir.Model, folder: Path, machine: Machine, *, form: str, prefix: str, progress: Progress
+) -> dict[str, Any]:
     """Build the artefact's code in a child process; returns what the child says about it.
 
     TVM takes seconds to import, gigabytes to compile and, when it fails, the process with it: none of
@@ -47,7 +50,7 @@ def build(model: onnx_ir.Model, folder: Path, machine: Machine, *, form: str, pr
     with tempfile.TemporaryDirectory(prefix="mc-opt-build-") as place:
         path = Path(place) / "model.onnx"
         ir.save_model(model, path, reload="structure")
-        request = Request(str(path), str(folder), machine, form)
+        request = Request(str(path), str(folder), machine, form, prefix)
         return _run(request, progress)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir
 
 import mc_opt
-from mc_opt.targets import _machine, _manifest, _process
+from mc_opt.targets import _c_source, _machine, _manifest, _process
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._manifest import Port
@@ -25,7 +25,8 @@ class X86(Target):
 
     cpu is the processor to build for: native (this one) or a level of the x86-64 ABI. threads is the number of
     threads that large kernels are split for. form=vm makes model.so for TVM's runtime, form=static makes
-    libmodel.a and model.h, which need no runtime.
+    libmodel.a and model.h, which need no runtime and run in the caller's thread. prefix starts their names, so that
+    two static models fit in one program.
     """
 
     name: ClassVar[str] = "x86"
@@ -35,11 +36,18 @@ class X86(Target):
     cpu: Literal["native", "x86-64-v3", "x86-64-v4"] = "native"
     threads: int = 1
     form: Literal["vm", "static"] = "vm"
+    prefix: str = "model"
 
     def __post_init__(self) -> None:
         """Check the ranges of the options."""
         if not 1 <= self.threads <= 256:
             raise ValueError(f"threads={self.threads}: expected 1 to 256")
+        if self.form == "static" and self.threads != 1:
+            raise ValueError(f"threads={self.threads}: form=static runs in the caller's thread; leave threads=1")
+        if not _c_source.is_prefix(self.prefix):
+            raise ValueError(f"prefix={self.prefix}: expected a name in C: letters, digits and _, a letter first")
+        if self.form == "vm" and self.prefix != "model":
+            raise ValueError(f"prefix={self.prefix}: names the files of form=static; form=vm has none")
 
     def machine(self) -> Machine:
         """The processor to build for, `native` looked up."""
@@ -51,7 +59,8 @@ class X86(Target):
         """The target with its processor's name and features spelled out."""
         machine = self.machine()
         features = ",".join(f"+{f}" for f in machine.features)
-        return f"x86{{cpu={machine.cpu} features={features} threads={self.threads} form={self.form}}}"
+        prefix = "" if self.form == "vm" else f" prefix={self.prefix}"
+        return f"x86{{cpu={machine.cpu} features={features} threads={self.threads} form={self.form}{prefix}}}"
 
     def check(self, model: onnx_ir.Model) -> None:
         """Refuse symbolic shapes and ops without a kernel.
@@ -65,7 +74,7 @@ class X86(Target):
         """Build the artefact into `folder`, which exists and is empty."""
         self.check(model)
         machine = self.machine()
-        answer = _process.build(model, folder, machine, form=self.form, progress=progress)
+        answer = _process.build(model, folder, machine, form=self.form, prefix=self.prefix, progress=progress)
         inputs = _inputs(model)
         outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
         if self.form == "vm":
