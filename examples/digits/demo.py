@@ -1,6 +1,6 @@
 """The demo: the digits CNN through `fold-batch-norm,denseshift{bits=4}` to ONNX and x86, judged on held-out digits.
 
-Run it with `make demo`. It writes to out/digits, and ends with exit code 1 when 4 bits lose
+Run it with `make demo`. It writes to out/digits and out/digits-static, and ends with exit code 1 when 4 bits lose
 more than a point of accuracy or the artefact disagrees with the ONNX file.
 """
 
@@ -10,6 +10,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,23 @@ def measure(name: str, run: Run, images: np.ndarray, files: tuple[Path, ...]) ->
     return Row(name, np.array(logits), 1e6 * float(np.median(times)), files)
 
 
+def static_library(images: np.ndarray) -> Row:
+    """The same model as a C library: built, linked into a small program without any runtime, and run."""
+    out = ROOT / "out" / "digits-static"
+    compress("x86{form=static}", out)
+    folder = out / "x86"
+    with tempfile.TemporaryDirectory() as place:
+        program = Path(place) / "digits"
+        compiler = [sys.executable, "-m", "ziglang", "cc", "-O2"]
+        sources = ["-I", str(folder), str(HERE / "main.c"), str(folder / "libmodel.a"), "-lm", "-o", str(program)]
+        subprocess.run([*compiler, *sources], check=True)
+        done = subprocess.run([program], input=images.tobytes(), capture_output=True, check=True)
+        size = program.stat().st_size / 1000
+    print(f"\nmain.c with libmodel.a: a program of {size:.0f} kB that needs the C library alone")
+    logits = np.frombuffer(done.stdout, np.float32).reshape(len(images), 10)
+    return Row("4 bits, C library", logits, float(done.stderr), (folder / "libmodel.a",))
+
+
 def main() -> int:
     """Compress, run every form on the held-out digits, print the table, and judge."""
     started = time.perf_counter()
@@ -78,6 +96,7 @@ def main() -> int:
         measure("float, ONNX Runtime", Session(MODEL).run, images, (MODEL,)),
         measure("4 bits, ONNX Runtime", Session(out / "model.onnx").run, images, (out / "model.onnx",)),
         measure("4 bits, x86 artefact", artefact.run, images, (out / "x86" / "model.so",)),
+        static_library(images),
     ]
     report(rows, labels, out)
     failed = judge(rows, labels)

@@ -19,5 +19,11 @@ def test_the_demo() -> None:
     done = subprocess.run([sys.executable, ROOT / "examples" / "digits" / "demo.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
-    for text in ("float, ONNX Runtime", "4 bits, x86 artefact", "within 1 point of float", "fold-batch-norm"):
+    for text in (
+        "float, ONNX Runtime",
+        "4 bits, x86 artefact",
+        "4 bits, C library",
+        "within 1 point of float",
+        "fold-batch-norm",
+    ):
         assert text in done.stdout
