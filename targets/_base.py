@@ -67,10 +67,10 @@ class Target:
         return str(self)
 
     def check(self, model: onnx_ir.Model) -> None:
-        """Refuse at once what the build would refuse later.
+        """Refuse, before any pass runs, inputs that the build would refuse after all of them.
 
         Raises:
-            TargetError: naming the node or input, and what to do.
+            TargetError: naming the input, and what to do.
         """
 
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
@@ -83,7 +83,8 @@ class Target:
 
 def cost(work: Any, price: Price) -> float:
     """Nanoseconds of some work at a price: Σ count · price, the arithmetic and the memory traffic added up."""
-    return sum(getattr(work, field.name) * getattr(price, field.name) for field in dataclasses.fields(Price))
+    units = (field.name for field in dataclasses.fields(Price))
+    return float(sum(getattr(work, unit) * getattr(price, unit) for unit in units))
 
 
 def target_names() -> tuple[str, ...]:

@@ -8,18 +8,26 @@ import onnx_ir
 from mc_opt.ir import shape_advice
 from mc_opt.targets._base import TargetError
 
-_TYPES = ("bool", "float16", "float32", "float64")
-_TYPES += ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("bool", "float16", "float32", "float64")
+_TYPES = (*_FLOATS, "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 def check(model: onnx_ir.Model, target: str) -> None:
-    """Refuse inputs without a static shape or of an unknown type, and control flow.
+    """Refuse inputs without a static shape or of an unknown type: what no pass will mend.
 
     Raises:
-        TargetError: naming the input or node, and what to do.
+        TargetError: naming the input, and what to do.
     """
     for value in model.graph.inputs:
         _check_input(model, value, target)
+
+
+def check_nodes(model: onnx_ir.Model, target: str) -> None:
+    """Refuse control flow that the passes left.
+
+    Raises:
+        TargetError: naming the node, and what to do.
+    """
     for node in model.graph:
         if any(a.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for a in _attributes(node)):
             raise TargetError(refusal(node, target))

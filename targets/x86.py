@@ -15,7 +15,7 @@ from mc_opt.targets import _c_source, _machine, _manifest, _process
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._manifest import Port
-from mc_opt.targets._refusal import check
+from mc_opt.targets._refusal import check, check_nodes
 from mc_opt.targets._runner import runner
 
 
@@ -63,16 +63,17 @@ class X86(Target):
         return f"x86{{cpu={machine.cpu} features={features} threads={self.threads} form={self.form}{prefix}}}"
 
     def check(self, model: onnx_ir.Model) -> None:
-        """Refuse symbolic shapes and ops without a kernel.
+        """Refuse symbolic shapes and inputs of unknown types.
 
         Raises:
-            TargetError: naming the node or input, and what to do.
+            TargetError: naming the input, and what to do.
         """
         check(model, self.name)
 
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
         """Build the artefact into `folder`, which exists and is empty."""
         self.check(model)
+        check_nodes(model, self.name)
         machine = self.machine()
         answer = _process.build(model, folder, machine, form=self.form, prefix=self.prefix, progress=progress)
         inputs = _inputs(model)
