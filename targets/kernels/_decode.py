@@ -88,8 +88,7 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
     depth = math.prod(inner)
     lanes = math.gcd(columns, machine.lanes)
     words = _words(codes.reshape(tiles, depth, columns), weight.bits, lanes)
-    per_row = [a for a in (weight.scale, weight.offset, weight.codebook) if a is not None]
-    if all(a.size == 1 or a.ndim == 1 or a.shape[:2] == (1, 1) for a in per_row):
+    if _is_uniform(weight):
         return Tiles(
             shape=codes.shape,
             words=words,
@@ -118,6 +117,22 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
         bits=weight.bits,
         entries=0 if shared else weight.codebook.shape[-1],
     )
+
+
+def fits(weight: LookupWeight, pack: Pack) -> bool:
+    """Whether `arrange` can give the weight in this order, at any number of columns a tile."""
+    if weight.codebook.dtype != np.float32:
+        return False
+    if _is_uniform(weight):
+        return True
+    tiles, *inner, columns = pack(np.zeros(weight.shape, np.uint8)).shape
+    return _structure(weight, pack, (tiles, math.prod(inner), columns)) is not None
+
+
+def _is_uniform(weight: LookupWeight) -> bool:
+    """One scale, offset and codebook for all."""
+    parts = [a for a in (weight.scale, weight.offset, weight.codebook) if a is not None]
+    return all(a.size == 1 or a.ndim == 1 or a.shape[:2] == (1, 1) for a in parts)
 
 
 def _words(codes: np.ndarray, bits: int, lanes: int) -> np.ndarray:
@@ -189,7 +204,7 @@ def tiled(e: Emitter, weight: LookupWeight, pack: Pack) -> relax.Expr | None:
     arrays = [a for a in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if a is not None]
     arguments = [(a.shape, str(a.dtype)) for a in arrays]
     body = functools.partial(_decode_body, tiles, e.machine)
-    function = _loops.kernel([*arguments, (tiles.shape, "float32")], body, name="decode")
+    function = _loops.kernel([*arguments, (tiles.shape, "float32")], body)
     e.note_kernel(f"decode: {tiles.bits} bits, {'x'.join(map(str, weight.shape))}")
     return e.call(function, [e.weight(a) for a in arrays], [(tiles.shape, "float32")], name="decode")[0]
 

@@ -21,10 +21,9 @@ PrimFunc = Any
 Argument = tuple[Sequence[int], str]
 
 
-def kernel(arguments: Sequence[Argument], body: Callable[..., None], *, name: str) -> PrimFunc:
-    """A PrimFunc over buffers of the given shapes whose statements `body(*buffers)` writes."""
+def kernel(arguments: Sequence[Argument], body: Callable[..., None]) -> PrimFunc:
+    """A PrimFunc over buffers of the given shapes whose statements `body(*buffers)` writes; its call names it."""
     with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(name)
         # No fusion (8 is opaque), no schedule: the loops are what is meant.
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, SCHEDULED: True})
         body(*[T.arg(f"a{k}", T.buffer(list(shape), dtype)) for k, (shape, dtype) in enumerate(arguments)])
@@ -75,3 +74,43 @@ def each(length: int, machine: Machine, *, work: int = 0) -> Any:
     if machine.threads > 1 and work >= 1 << 20 and length > 1:
         return T.parallel(0, length)
     return T.serial(0, length)
+
+
+def reduce_row(
+    read: Callable[[Expr, int], Expr],
+    length: int,
+    combine: Callable[[Expr, Expr], Expr],
+    start: float,
+    *,
+    lanes: int,
+    dtype: str = "float32",
+) -> Expr:
+    """Fold `read(index, width)` over [0, length): one partial result a lane, then the lanes, then what is left.
+
+    Writes the loops and returns the expression that reads the result.
+    """
+    result = registers(1, 1, dtype)
+    T.buffer_store(result, tirx.const(start, dtype), [0])
+    whole = length // lanes
+    if whole and lanes > 1:
+        partial = registers(1, lanes, dtype)
+        store(partial, splat(start, lanes, dtype), 0, lanes=lanes)
+        with T.serial(0, whole) as i:
+            store(partial, combine(load(partial, 0, lanes=lanes), read(i * lanes, lanes)), 0, lanes=lanes)
+        with T.serial(0, lanes) as i:
+            T.buffer_store(result, combine(result[0], partial[i]), [0])
+    first = whole * lanes if lanes > 1 else 0
+    if first < length:
+        with T.serial(0, length - first) as i:
+            T.buffer_store(result, combine(result[0], read(i + first, 1)), [0])
+    return result[0]
+
+
+def map_row(write: Callable[[Expr, int], None], length: int, *, lanes: int) -> None:
+    """Call `write(index, width)` over [0, length) in vectors, the rest in falling powers of two."""
+    for start, count, width in split(length, lanes):
+        if count == 1:
+            write(tirx.const(start, "int32"), width)
+            continue
+        with T.serial(0, count) as i:
+            write(i * width + start, width)

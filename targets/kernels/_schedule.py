@@ -33,7 +33,10 @@ def schedule(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list
     for variable, function in sorted(module.functions.items(), key=lambda kv: str(kv[0].name_hint)):
         if not isinstance(function, tirx.PrimFunc) or (function.attrs and SCHEDULED in function.attrs):
             continue
-        scheduled, note = _scheduled(function, machine)
+        try:
+            scheduled, note = _scheduled(function, machine)
+        except Exception as error:  # a plain loop nest is correct too
+            scheduled, note = function, f"no schedule: {_first_line(error)}"
         result[variable] = scheduled.with_attr("global_symbol", variable.name_hint) if _named(function) else scheduled
         if note:
             notes.append(f"{variable.name_hint}: {note}")
@@ -199,14 +202,12 @@ def _elementwise(state: Any, block: Any, machine: Machine) -> None:
         _transposition(state, loops, crossed, machine)
         return
     last = loops.pop()
-    if _extent(state, last) >= lanes:
-        whole, lane = state.split(last, [None, lanes])
+    # A vector that reaches beyond the end would need a condition a lane, which makes it scalar.
+    width = math.gcd(_extent(state, last), lanes)
+    if width > 1:
+        last, lane = state.split(last, [None, width])
         state.vectorize(lane)
-        loops.append(whole)
-    elif _extent(state, last) in (2, 4, 8):
-        state.vectorize(last)
-    else:
-        loops.append(last)
+    loops.append(last)
     _parallel(state, loops, math.prod(extents) * 8, machine)
 
 
@@ -226,7 +227,7 @@ def _transposition(state: Any, loops: Sequence[Any], crossed: int, machine: Mach
     """Blocks of one cache line by one vector, so that every line that is read or written is used up at once."""
     lanes = machine.lanes
     work = math.prod(_extent(state, x) for x in loops) * 8
-    outer, inner = list(loops), []
+    outer, inner = list(loops), list[Any]()
     for k in (len(loops) - 1, crossed):
         if _extent(state, loops[k]) > lanes:
             outer[k], step = state.split(loops[k], [None, lanes])
@@ -276,8 +277,8 @@ def _reads_last(state: Any, block: Any, *, kept_axis: bool) -> bool:
     body = state.get(block)
     kind = _SPATIAL if kept_axis else _REDUCE
     axis = [v.var for v in body.iter_vars if int(v.iter_type) == kind][-1]
-    written = {region.buffer for region in body.writes}
-    reads = [region for region in body.reads if region.buffer not in written]
+    written = [region.source for region in body.writes]
+    reads = [r for r in body.reads if not any(r.source.same_as(w) for w in written)]
     return bool(reads) and all(r.region and r.region[-1].min.same_as(axis) for r in reads)
 
 

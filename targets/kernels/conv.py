@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import onnx_ir
 from tvm import relax, te, tirx
 
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _tile, _weights
+from mc_opt.targets.kernels import _decode, _tile, _weights
 from mc_opt.targets.kernels._tile import Tile
 
 # FuseOps takes element-wise consumers into a kernel of this pattern (relax.OpPatternKind: out-elementwise-fusable).
@@ -46,6 +46,44 @@ class Window:
                 count -= 1
             result.append(count)
         return tuple(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A convolution's weight.
+
+    Attributes:
+        shape: (o, c / groups, *kernel).
+        packed: makes [o / columns, *kernel, c / groups, columns] for a number of columns.
+    """
+
+    shape: tuple[int, ...]
+    packed: Callable[[int], relax.Expr]
+
+
+def constant_weight(
+    e: Emitter, value: onnx_ir.Value, shape: Sequence[int], ordered: Callable[[np.ndarray], np.ndarray]
+) -> Weight | None:
+    """The weight that `ordered` makes of a constant or packed value; None when the model computes it, or its codes
+    do not allow the order.
+    """
+
+    def packed(columns: int) -> relax.Expr:
+        expr = _weights.packed(e, value, lambda array: _pack(ordered(array), columns=columns))
+        assert expr is not None  # `fits` said so
+        return expr
+
+    if e.constant(value) is None:
+        lookup = e.lookup(value)
+        if lookup is None or not _decode.fits(lookup, lambda array: _pack(ordered(array), columns=1)):
+            return None
+    return Weight(tuple(shape), packed)
+
+
+def computed_weight(e: Emitter, weight: relax.Expr) -> Weight:
+    """A weight [o, c / groups, *kernel] that the model computes, packed at run time."""
+    shape = tuple(int(s) for s in weight.ty.shape)
+    return Weight(shape, lambda columns: e.te(functools.partial(_pack_te, columns=columns), weight, name="pack"))
 
 
 def window(e: Emitter, node: onnx_ir.Node, kernel: Sequence[int], size: Sequence[int]) -> Window:
@@ -128,7 +166,7 @@ def extended(shape: Sequence[int], w: Window, rounded: Sequence[int]) -> list[in
 def convolution(
     e: Emitter,
     x: relax.Expr,
-    weight: onnx_ir.Value,
+    weight: Weight,
     bias: np.ndarray | relax.Expr | None,
     *,
     window: Window,
@@ -137,7 +175,7 @@ def convolution(
 ) -> relax.Expr:
     """x: [n, *spatial, c], weight [o, c / groups, *kernel] -> [n, *positions, o]."""
     shape = [int(s) for s in x.ty.shape]
-    o, per_group = e.shape(weight)[:2]
+    o, per_group = weight.shape[:2]
     positions = window.output(shape[1:-1])
     if groups > 1 and per_group == 1:
         return _depthwise(e, x, weight, bias, window=window, positions=positions, name=name)
@@ -149,11 +187,7 @@ def convolution(
     rounded = whole_tiles(positions, tile)
     before = [p[0] for p in window.pads]
     source = padded(e, x, before, _reach(shape, window, rounded), channels=shape[-1])
-    kernel = len(window.kernel)
-    pack = functools.partial(_pack, columns=tile.columns)
-    packed = _weights.packed(e, weight, pack)
-    if packed is None:
-        packed = e.te(functools.partial(_pack_te, columns=tile.columns), e.plain(weight), name="pack")
+    packed = weight.packed(tile.columns)
 
     def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         tiles = int(b.shape[0])
@@ -171,7 +205,6 @@ def convolution(
         total = te.compute(domain, element, name="mc_conv", attrs=tile.annotation())
         return cut(total, (shape[0], *positions, o), *rest)
 
-    assert kernel == len(positions)
     return fusable(e, compute, source, packed, *_bias(e, bias), name=name)
 
 
@@ -190,7 +223,7 @@ def fusable(e: Emitter, fn: Any, *args: relax.Expr, name: str) -> relax.Var:
 def _depthwise(
     e: Emitter,
     x: relax.Expr,
-    weight: onnx_ir.Value,
+    weight: Weight,
     bias: np.ndarray | relax.Expr | None,
     *,
     window: Window,
@@ -198,7 +231,7 @@ def _depthwise(
     name: str,
 ) -> relax.Expr:
     shape = [int(s) for s in x.ty.shape]
-    o = e.shape(weight)[0]
+    o = weight.shape[0]
     vector = _tile.vector_width(o, e.machine)
     channels = -(-o // vector) * vector
     wide = min(positions[-1], 8 if e.machine.registers > 16 else 4)
@@ -208,9 +241,7 @@ def _depthwise(
     before = [p[0] for p in window.pads]
     size = _reach(shape, window, rounded)
     source = padded(e, x, before, size, channels=channels, repeat=o // shape[-1])
-    packed = _weights.packed(e, weight, functools.partial(_pack, columns=vector))
-    if packed is None:
-        packed = e.te(functools.partial(_pack_te, columns=vector), e.plain(weight), name="pack")
+    packed = weight.packed(vector)
 
     def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(window.kernel)]
@@ -281,7 +312,7 @@ def conv(e: Emitter, node: onnx_ir.Node) -> None:
     y = convolution(
         e,
         e.nhwc(x),
-        weight,
+        constant_weight(e, weight, e.shape(weight), lambda array: array) or computed_weight(e, e.plain(weight)),
         given,
         window=geometry,
         groups=int(e.attribute(node, "group", 1)),

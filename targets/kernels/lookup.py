@@ -121,9 +121,7 @@ def add_sparse(e: Emitter, node: onnx_ir.Node) -> None:
     def make() -> relax.Expr:
         kind = str(e.plain(indices).ty.dtype)
         function = _loops.kernel(
-            [((size,), dtype), ((count,), kind), ((count,), dtype), ((size,), dtype)],
-            _add_body(size, count),
-            name="add",
+            [((size,), dtype), ((count,), kind), ((count,), dtype), ((size,), dtype)], _add_body(size, count)
         )
         dense, added = e.reshape(e.plain(weight), (size,)), e.reshape(e.plain(values), (count,))
         y = e.call(function, [dense, e.plain(indices), added], [((size,), dtype)], name="add_sparse")[0]
@@ -152,7 +150,7 @@ def sparse(e: Emitter, node: onnx_ir.Node) -> None:
 
     def make() -> relax.Expr:
         function = _loops.kernel(
-            [((held,), "uint8"), ((count,), dtype), ((size,), dtype)], _spread_body(size, count, dtype), name="sparse"
+            [((held,), "uint8"), ((count,), dtype), ((size,), dtype)], _spread_body(size, count, dtype)
         )
         y = e.call(function, [e.plain(bitmap), e.reshape(e.plain(values), (count,))], [((size,), dtype)], name="sparse")
         return e.reshape(y[0], shape)

@@ -53,7 +53,7 @@ def product(
         inputs.append(e.reshape(bias, (n,)))
         arguments.append(((n,), "float32"))
     body = functools.partial(_body, tiles, e.machine, rows, n, bias is not None)
-    function = _loops.kernel([((rows, shape[-1]), "float32"), *arguments, ((rows, n), "float32")], body, name="lookup")
+    function = _loops.kernel([((rows, shape[-1]), "float32"), *arguments, ((rows, n), "float32")], body)
     e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}")
     result = e.call(function, inputs, [((rows, n), "float32")], name="lookup_gemv")[0]
     return e.reshape(result, (*shape[:-1], n))

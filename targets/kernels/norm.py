@@ -1,0 +1,195 @@
+"""Normalisations over a row: layer, root mean square, instance and group; mean first, then deviations from it.
+
+y = (x - mean) / √(variance + ε) · scale + bias
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import onnx_ir
+from tvm import relax, te, tirx
+from tvm.script.ir_builder import tirx as T
+
+from mc_opt.targets._base import TargetError
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets.kernels import _loops
+from mc_opt.targets.kernels._loops import Buffer, Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What the kernel of a normalisation is built from.
+
+    Attributes:
+        count: rows.
+        length: elements of a row.
+        epsilon: added to the variance.
+        centred: whether the mean is subtracted.
+        scale: values of the scale (0 for none), and likewise `bias`.
+        statistics: whether mean and 1 / deviation are outputs too.
+        period: scales of successive rows: a row's first scale is (row mod period) · length / block.
+        block: successive elements that share a scale; 1 for one each.
+    """
+
+    count: int
+    length: int
+    epsilon: float
+    centred: bool
+    scale: int
+    bias: int
+    statistics: bool
+    period: int = 1
+    block: int = 1
+
+
+def _emit(e: Emitter, x: relax.Expr, scale: relax.Expr | None, bias: relax.Expr | None, rows: _Rows) -> list[relax.Var]:
+    dtype = str(x.ty.dtype)
+    arguments: list[_loops.Argument] = [((rows.count, rows.length), dtype)]
+    inputs = [e.reshape(x, (rows.count, rows.length))]
+    for given, size in ((scale, rows.scale), (bias, rows.bias)):
+        if given is not None:
+            inputs.append(e.reshape(given, (size,)))
+            arguments.append(((size,), dtype))
+    outputs: list[_loops.Argument] = [((rows.count, rows.length), dtype)]
+    outputs += [((rows.count,), dtype)] * 2 if rows.statistics else []
+    body = functools.partial(_body, rows, dtype, e.machine)
+    return e.call(_loops.kernel([*arguments, *outputs], body), inputs, outputs, name="norm")
+
+
+def _body(rows: _Rows, dtype: str, machine: Machine, x: Buffer, *rest: Buffer) -> None:
+    others = list(rest)
+    scale = others.pop(0) if rows.scale else None
+    bias = others.pop(0) if rows.bias else None
+    y, *statistics = others
+    length, lanes = rows.length, machine.lanes
+    total = functools.partial(_loops.reduce_row, length=length, combine=_add, start=0.0, lanes=lanes, dtype=dtype)
+    with _loops.each(rows.count, machine, work=6 * rows.count * length) as row:
+        mean, factor = _loops.registers(1, 1, dtype), _loops.registers(1, 1, dtype)
+        read = functools.partial(_read, x, row)
+        if rows.centred:
+            T.buffer_store(mean, total(read) / tirx.const(length, dtype), [0])
+
+        def deviation(i: Expr, width: int) -> Expr:
+            value = read(i, width)
+            return value - _loops.splat(mean[0], width) if rows.centred else value
+
+        def square(i: Expr, width: int) -> Expr:
+            return deviation(i, width) * deviation(i, width)
+
+        variance = total(square) / tirx.const(length, dtype)
+        T.buffer_store(factor, tirx.const(1, dtype) / tirx.sqrt(variance + tirx.const(rows.epsilon, dtype)), [0])
+        if statistics:
+            T.buffer_store(statistics[0], mean[0], [row])
+            T.buffer_store(statistics[1], factor[0], [row])
+        first = tirx.floormod(row, rows.period) * (length // rows.block)
+
+        def run(block: Expr, i: Expr, width: int) -> None:
+            at = block * rows.block + i
+            value = deviation(at, width) * _loops.splat(factor[0], width)
+            if scale is not None:
+                value = value * _parameter(scale, rows, first, block, i, width)
+            if bias is not None:
+                value = value + _parameter(bias, rows, first, block, i, width)
+            _loops.store(y, value, row, at, lanes=width)
+
+        if rows.block == 1:
+            _loops.map_row(functools.partial(run, tirx.const(0, "int32")), length, lanes=lanes)
+        else:
+            with T.serial(0, length // rows.block) as block:
+                _loops.map_row(functools.partial(run, block), rows.block, lanes=lanes)
+
+
+def _read(x: Buffer, row: Expr, i: Expr, width: int) -> Expr:
+    return _loops.load(x, row, i, lanes=width)
+
+
+def _parameter(values: Buffer, rows: _Rows, first: Expr, block: Expr, i: Expr, width: int) -> Expr:
+    if rows.block == 1:
+        return _loops.load(values, first + i, lanes=width)
+    return _loops.splat(values[first + block], width)
+
+
+def _add(a: Expr, b: Expr) -> Expr:
+    return a + b
+
+
+def _row_parameter(e: Emitter, value: onnx_ir.Value | None, length: int, node: onnx_ir.Node) -> relax.Expr | None:
+    """A scale or bias with one value for each element of a row."""
+    if value is None:
+        return None
+    size = math.prod(e.shape(value))
+    if size == length:
+        return e.plain(value)
+    array = e.constant(value)
+    if size == 1 and array is not None:
+        return e.weight(np.full((length,), array.reshape(()), array.dtype))
+    if size == 1:
+        flat = e.reshape(e.plain(value), (1,))
+        return e.te(lambda a: te.compute((length,), lambda _: a(0), name="spread"), flat, name="spread")
+    raise TargetError(
+        f"{node.op_type} {node.name!r}: scale or bias {value.name!r} has {size} values, expected 1 or {length};"
+        " apply it by a Mul or Add of its own"
+    )
+
+
+def layer_norm(e: Emitter, node: onnx_ir.Node) -> None:
+    """LayerNormalization and RMSNormalization over the axes from `axis` on."""
+    x, scale, *rest = node.inputs
+    assert x is not None
+    shape = e.shape(x)
+    axis = int(e.attribute(node, "axis", -1)) % len(shape)
+    count, length = math.prod(shape[:axis]), math.prod(shape[axis:])
+    scales = _row_parameter(e, scale, length, node)
+    biases = _row_parameter(e, rest[0] if rest else None, length, node)
+    statistics = any(v is not None and v.name and v.uses() for v in node.outputs[1:]) or any(
+        v in e.model.graph.outputs for v in node.outputs[1:]
+    )
+    rows = _Rows(
+        count=count,
+        length=length,
+        epsilon=float(e.attribute(node, "epsilon", 1e-5)),
+        centred=node.op_type == "LayerNormalization",
+        scale=length if scales is not None else 0,
+        bias=length if biases is not None else 0,
+        statistics=statistics,
+    )
+    made = _emit(e, e.plain(x), scales, biases, rows)
+    e.set(node.outputs[0], e.reshape(made[0], shape))
+    for value, result in zip(node.outputs[1:], made[1:], strict=False):
+        e.set(value, e.reshape(result, (*shape[:axis], *[1] * (len(shape) - axis))))
+
+
+def channel_norm(e: Emitter, node: onnx_ir.Node) -> None:
+    """InstanceNormalization and GroupNormalization: rows are one channel, or the channels of one group."""
+    x, scale, bias = node.inputs
+    assert x is not None and scale is not None and bias is not None
+    shape = e.shape(x)
+    n, channels = shape[:2]
+    groups = channels if node.op_type == "InstanceNormalization" else int(e.attribute(node, "num_groups", 1))
+    spatial = math.prod(shape[2:])
+    scales, biases = e.plain(scale), e.plain(bias)
+    rows = _Rows(
+        count=n * groups,
+        length=channels // groups * spatial,
+        epsilon=float(e.attribute(node, "epsilon", 1e-5)),
+        centred=True,
+        scale=channels,
+        bias=channels,
+        statistics=False,
+        period=groups,
+        block=spatial,
+    )
+    e.set(node.outputs[0], e.reshape(_emit(e, e.plain(x), scales, biases, rows)[0], shape))
+
+
+HANDLERS: dict[str, Handler] = {
+    "LayerNormalization": layer_norm,
+    "RMSNormalization": layer_norm,
+    "InstanceNormalization": channel_norm,
+    "GroupNormalization": channel_norm,
+}
