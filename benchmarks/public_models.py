@@ -49,7 +49,7 @@ def ort_runner(path: Path, *, optimise: bool = True) -> Runner:
 def artefact_runner(folder: Path) -> Runner:
     """Run the x86 artefact of an output folder."""
     artefact = mc_opt.load(folder, target="x86")
-    inputs = set(artefact.inputs)
+    inputs = {port.name for port in artefact.inputs}
     return lambda feed: artefact.run({k: v for k, v in feed.items() if k in inputs})
 
 

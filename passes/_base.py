@@ -62,7 +62,7 @@ class Context:
         target: where the model will run; None when that is open.
         data: real inputs (a re-iterable stream of samples); None when there are none.
         states: recurrent states of random inputs, output name to input name; real data brings its own.
-        reference: the model as it came in; `run` sets it.
+        reference: the model as it came in, before its shapes were fixed; `run` takes its input where none is given.
         seed: of every random choice: `np.random.default_rng(ctx.seed)`.
         memory_limit: bytes; checks that would need more are skipped, with a line in the report.
         allow_scripts: whether a recipe may run Python files.

@@ -25,11 +25,19 @@ class Judge:
         DataError: when the data does not fit the original.
     """
 
-    def __init__(self, original: onnx_ir.Model, ctx: Context, fixed: Mapping[str, np.ndarray]) -> None:
-        """Open the original; `fixed` holds values of inputs that a later pass makes constant."""
+    def __init__(self, model: onnx_ir.Model, ctx: Context, fixed: Mapping[str, np.ndarray]) -> None:
+        """Open the original, which is `ctx.reference`.
+
+        Args:
+            model: the original with its shapes fixed: what data must fit. ONNX Runtime may refuse to load it, as
+                when the two branches of an If have different shapes that only a later pass settles.
+            ctx: the data, or the seed for it, and the original.
+            fixed: values of inputs that a later pass makes constant.
+        """
         self._fixed = fixed
         given = ctx.data
-        self._data = ir.seeded_data(original, SAMPLES, ctx.seed, states=ctx.states) if given is None else given
+        original = ctx.reference or model
+        self._data = ir.seeded_data(model, SAMPLES, ctx.seed, states=ctx.states) if given is None else given
         self._states = self._data.states
         self._inputs = frozenset(str(v.name) for v in original.graph.inputs)
         self._original = self._open(original)

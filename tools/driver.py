@@ -107,31 +107,41 @@ def compile_model(request: Request, progress: Progress | None = None) -> Outcome
     _check_targets(request.targets)
     stages = _Stages(progress)
     if request.out is None or request.dry_run:
-        return _compress(_loaded(request, stages), stages, Store(), dump=None)
+        return _compress(*_loaded(request, stages), stages, Store(), dump=None)
     out = Path(request.out)
     with ir.staged_folder(out) as folder:
         # Big tensors live on the disk of the output folder: the system's temporary folder may be memory.
-        request = _loaded(request, stages)
-        outcome = _compress(request, stages, Store(folder), dump=folder / DUMP if request.dump else None)
+        request, reference = _loaded(request, stages)
+        outcome = _compress(request, reference, stages, Store(folder), dump=folder / DUMP if request.dump else None)
         outcome = _write(request, outcome, folder, stages)
     return dataclasses.replace(outcome, out=out)
 
 
 def load(request: Request) -> onnx_ir.Model:
     """The model of a request, with its shapes fixed."""
+    return _shaped(_read(request), request.shapes)
+
+
+def _read(request: Request) -> onnx_ir.Model:
     match request.model:
         case onnx_ir.Model():
-            model = request.model
+            return request.model
         case None if request.from_torch:
-            model = ir.from_torch(request.from_torch)
+            return ir.from_torch(request.from_torch)
         case None:
             raise ir.OptionError("no model was named; give an ONNX file, or --from-torch package.module:factory")
         case path:
-            return ir.load_model(path, shapes=request.shapes, check=request.check)
-    if request.shapes:
-        model = model.clone()
-        ir.fix_shapes(model, request.shapes)
-    return model
+            return ir.load_model(path, check=request.check)
+
+
+def _shaped(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> onnx_ir.Model:
+    """The model itself, or a copy with its inputs fixed; what is known of its file goes along."""
+    if not shapes:
+        return model
+    shaped = model.clone()
+    shaped.meta.update(model.meta)
+    ir.fix_shapes(shaped, shapes)
+    return shaped
 
 
 def _check_targets(chosen: tuple[targets.Target, ...]) -> None:
@@ -141,17 +151,20 @@ def _check_targets(chosen: tuple[targets.Target, ...]) -> None:
             raise ir.OptionError(f"target {name!r} is given twice; each goes into a folder of its name, give it once")
 
 
-def _loaded(request: Request, stages: _Stages) -> Request:
-    """The request with the model and the data read."""
+def _loaded(request: Request, stages: _Stages) -> tuple[Request, onnx_ir.Model]:
+    """The request with the model and the data read, and the model as it came, its shapes not fixed."""
     with stages.stage("load"):
-        model = load(request)
+        reference = _read(request)
+        model = _shaped(reference, request.shapes)
         data = request.data
         if isinstance(data, str | os.PathLike):
             data = ir.load_data(data, model, states=request.states)
-    return dataclasses.replace(request, model=model, data=data)
+    return dataclasses.replace(request, model=model, data=data), reference
 
 
-def _compress(request: Request, stages: _Stages, store: Store, dump: Path | None) -> Outcome:
+def _compress(
+    request: Request, reference: onnx_ir.Model, stages: _Stages, store: Store, dump: Path | None
+) -> Outcome:
     model, data = request.model, request.data
     assert isinstance(model, onnx_ir.Model)
     assert not isinstance(data, str | os.PathLike)
@@ -161,6 +174,7 @@ def _compress(request: Request, stages: _Stages, store: Store, dump: Path | None
         target=next((t for t in request.targets if t.makes_artefact), None),
         data=data,
         states=request.states,
+        reference=reference,
         seed=request.seed,
         memory_limit=request.memory_limit,
         allow_scripts=request.allow_scripts,
