@@ -12,6 +12,10 @@ from onnx.reference import ReferenceEvaluator
 
 def evaluate(node: onnx_ir.Node, inputs: Sequence[np.ndarray | None], model: onnx_ir.Model) -> tuple[np.ndarray, ...]:
     """The outputs of one node for given inputs, at the model's opset and with the model's functions."""
+    if node.op_type == "GatherElements" and node.domain == "":
+        data, indices = inputs
+        assert data is not None and indices is not None
+        return (_gather_elements(data, indices, node.attributes.get_int("axis", 0) % data.ndim),)
     names = ["" if array is None else f"i{k}" for k, array in enumerate(inputs)]
     outputs = [f"o{k}" for k in range(len(node.outputs))]
     proto = onnx_ir.to_proto(node)
@@ -34,3 +38,9 @@ def evaluate(node: onnx_ir.Node, inputs: Sequence[np.ndarray | None], model: onn
     feeds = {name: array for name, array in zip(names, inputs, strict=True) if array is not None}
     results = ReferenceEvaluator(single).run(None, feeds)
     return tuple(np.asarray(array) for array in results)
+
+
+def _gather_elements(data: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
+    """ONNX's GatherElements; its reference (onnx 1.23) refuses a matrix of one row that is read by a longer one."""
+    cut = tuple(slice(None) if a == axis else slice(n) for a, n in enumerate(indices.shape))
+    return np.take_along_axis(data[cut], np.where(indices < 0, indices + data.shape[axis], indices), axis)
