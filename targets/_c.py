@@ -188,7 +188,7 @@ class _Reader:
     def _constant(self, expr: Any) -> _View:
         array = np.ascontiguousarray(expr.value.numpy())
         shape, dtype = _type(expr.ty)
-        key = (hashlib.sha256(memoryview(array.reshape(-1).view(np.uint8))).digest(), array.nbytes)
+        key = (hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest(), array.nbytes)
         if key not in self._offsets:
             self._offsets[key] = self._end
             self.constants.append(array)

@@ -21,10 +21,13 @@ def _port(port: Port) -> str:
 
 _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...
 //
-// Inputs and outputs are raw files, in the order of manifest.json. Build it against TVM's headers and runtime,
-// TVM and FFI being the folders of the Python packages tvm and tvm_ffi:
-//   c++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
+// Inputs and outputs are raw files, in the order of manifest.json; the outputs' types and shapes are printed.
+// Build it against the headers and the runtime of the Python packages tvm and tvm_ffi, and run it:
+//   TVM=$(python -c 'import importlib.util as u; print(u.find_spec("tvm").submodule_search_locations[0])')
+//   FFI=$(python -c 'import importlib.util as u; print(u.find_spec("tvm_ffi").submodule_search_locations[0])')
+//   g++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
 //       -L$TVM/lib -L$FFI/lib -ltvm_runtime -ltvm_ffi -Wl,-rpath,$TVM/lib:$FFI/lib
+//   ./runner model.so input.bin output.bin
 
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
@@ -75,8 +78,16 @@ void Write(const ffi::Tensor& tensor, const std::string& path) {
   if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
 }
 
+void Print(const ffi::Tensor& tensor) {
+  std::string shape;
+  for (int64_t extent : tensor.shape()) shape += (shape.empty() ? "" : "x") + std::to_string(extent);
+  std::printf("%s %s\n", std::string(ffi::DLDataTypeToString(tensor.dtype())).c_str(), shape.c_str());
+}
+
 void Run(const std::vector<std::string>& paths) {
-  ffi::Module library = ffi::Module::LoadFromFile(paths[0]);
+  // A name without a slash would be looked for among the system's libraries.
+  std::string file = paths[0].find('/') == std::string::npos ? "./" + paths[0] : paths[0];
+  ffi::Module library = ffi::Module::LoadFromFile(file);
   ffi::Module machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
   const int kPooledAllocator = 2;
   machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kPooledAllocator);
@@ -87,7 +98,10 @@ void Run(const std::vector<std::string>& paths) {
   ffi::Any result;
   machine->GetFunction("main").value().CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
   ffi::Array<ffi::Tensor> outputs = result.cast<ffi::Array<ffi::Tensor>>();
-  for (size_t k = 0; k < kOutputs; ++k) Write(outputs[k], paths[1 + kInputs.size() + k]);
+  for (size_t k = 0; k < kOutputs; ++k) {
+    Write(outputs[k], paths[1 + kInputs.size() + k]);
+    Print(outputs[k]);
+  }
 }
 
 }  // namespace

@@ -1,0 +1,77 @@
+"""runner.cc, compiled against the headers and the runtime of TVM's packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mc_opt import ir, targets
+from mc_opt.targets._manifest import Port
+from mc_opt.targets._runner import runner
+from tests._harness import model as parsed
+
+TWO = """
+agraph (float[2,3] x, int64[4] k) => (float[4,3] rows, float[2] sum, bool[2,3] big)
+<float[5,3] table, float[3] one = {1, 1, 1}, float half = {0.5}>
+{
+    rows = Gather (table, k)
+    sum = MatMul (x, one)
+    big = Greater (x, half)
+}
+"""
+
+
+def test_ports_are_written_as_types_and_shapes() -> None:
+    text = runner((Port("x", (1, 3), "float32"), Port("k", (), "int64"), Port("m", (2,), "bool")), ())
+    assert "{{1, 3}, DLDataType{kDLFloat, 32, 1}}, {{}, DLDataType{kDLInt, 64, 1}}" in text
+    assert "{{2}, DLDataType{kDLBool, 8, 1}}" in text
+    assert "@" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.tvm
+@pytest.mark.zig
+def test_the_program_gives_the_numbers_of_onnx_runtime(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("missing tool: program g++ is not installed")
+    model = parsed(TWO)
+    folder = tmp_path / "x86"
+    folder.mkdir()
+    targets.parse_target("x86").compile(model, folder, lambda *_: None)
+    compile_as_it_says(folder)
+    sample = next(iter(ir.seeded_data(model, 1, 0))).inputs
+    expected = ir.Session(model).run(sample)
+    for name, array in sample.items():
+        array.tofile(folder / f"{name}.bin")
+    words = ["./runner", "model.so", *(f"{n}.bin" for n in (*sample, *expected))]
+    said = subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout
+    assert said == "float32 4x3\nfloat32 2\nbool 2x3\n"
+    for name, wanted in expected.items():
+        given = np.fromfile(folder / f"{name}.bin", wanted.dtype).reshape(wanted.shape)
+        np.testing.assert_allclose(given, wanted, rtol=1e-6, atol=1e-6)  # fp32 sums in another order
+
+    short = subprocess.run(["./runner", "model.so"], cwd=folder, capture_output=True, text=True)
+    assert short.returncode == 2 and "(2 input files) (3 output files)" in short.stderr
+    (folder / "x.bin").write_bytes(b"1")
+    wrong = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "x.bin: expected a file of 24 bytes" in wrong.stderr
+
+
+def compile_as_it_says(folder: Path) -> None:
+    """Run the command in the comment at the program's top, word for word."""
+    text = (folder / "runner.cc").read_text()
+    (command,) = re.findall(r"^//   (g\+\+ .*?)\n//   \./runner", text, re.DOTALL | re.MULTILINE)
+    for name, package in (("$TVM", "tvm"), ("$FFI", "tvm_ffi")):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations
+        command = command.replace(name, spec.submodule_search_locations[0])
+    command = command.replace("\\\n//", " ").replace("-O2", "-O0")
+    done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
