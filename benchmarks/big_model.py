@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,8 @@ def generate(folder: Path, total: int) -> Path:
             output = "y" if index == count - 1 else f"hidden{index}"
             nodes.append(onnx.helper.make_node("MatMul", [value, tensor.name], [output], name=f"layer{index}"))
             value, offset = output, offset + layer_bytes
+        file.flush()
+        os.fsync(file.fileno())  # the runs shall not wait for the generator's writing
     width = HEIGHT if count % 2 else WIDTH
     graph = onnx.helper.make_graph(
         nodes,

@@ -7,8 +7,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -17,6 +15,7 @@ import onnx_ir
 
 from mc_opt.ir.errors import IRError, LimitError
 from mc_opt.ir.io.atomic import staged_files
+from mc_opt.ir.io.direct import write_blocks
 from mc_opt.ir.io.read import read_model
 from mc_opt.ir.io.weightless import graphs, walk
 
@@ -133,22 +132,16 @@ def _place(bare: onnx_ir.Model, location: str) -> list[_Place]:
 
 def _write_data(path: Path, places: list[_Place], progress: Callable[[int, int], None] | None) -> tuple[int, str]:
     """Write the tensors at their places; the size and the SHA-256 of the file."""
-    digest, end, total = hashlib.sha256(), 0, places[-1].offset + places[-1].tensor.nbytes
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        for place in places:
-            for block in (memoryview(bytes(place.offset - end)), *_blocks(place.tensor)):
-                hashing = hasher.submit(digest.update, block)  # beside the write: both are bound by the memory
-                _write(file, block)
-                hashing.result()
-                end += len(block)
-                if progress is not None:
-                    progress(end, total)
-    return end, digest.hexdigest()
+    total = places[-1].offset + places[-1].tensor.nbytes
+    return write_blocks(path, _laid_out(places), progress=None if progress is None else lambda n: progress(n, total))
 
 
-def _write(file: FileIO, rest: memoryview) -> None:
-    while rest:  # an unbuffered write may be short
-        rest = rest[file.write(rest) :]
+def _laid_out(places: list[_Place]) -> Iterator[memoryview]:
+    end = 0
+    for place in places:
+        yield memoryview(bytes(place.offset - end))
+        yield from _blocks(place.tensor)
+        end = place.offset + place.tensor.nbytes
 
 
 def _blocks(tensor: onnx_ir.TensorProtocol) -> Iterator[memoryview]:

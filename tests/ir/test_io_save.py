@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mc_opt import ir
-from mc_opt.ir.io import save
+from mc_opt.ir.io import direct, save
 
 LINEAR = """<ir_version: 10, opset_import: ["": 21]>
 g (float[n, 64] x) => (float[n, 64] y, float[n, 64] z) { y = MatMul (x, w) z = MatMul (x, v) }"""
@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(save, "_write", full)
+    monkeypatch.setattr(direct, "_write", full)
     with pytest.raises(ir.LimitError, match="No space left on device"):
         ir.save_model(model(weight()), tmp_path / "a/b")
     assert not files(tmp_path)
@@ -214,7 +214,7 @@ def test_an_interrupt_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.M
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(save, "_write", interrupt)
+    monkeypatch.setattr(direct, "_write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ir.save_model(model(weight() * 2), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
@@ -274,3 +274,13 @@ def test_a_model_of_gigabytes_takes_little_memory(tmp_path: Path, check: str) ->
     done = subprocess.run([sys.executable, "-c", BIG, str(tmp_path), check], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200  # MiB; the weights are 1.25 GiB
     assert (tmp_path / "out/model.onnx.data").stat().st_size == 20 * 4096 * 4096 * 4
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [5], [4096], [8 << 20], [3, 4093, 8 << 20], [(8 << 20) - 1, 2, 100_000]])
+def test_blocks_of_any_length_are_written_in_order(tmp_path: Path, lengths: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    blocks = [rng.integers(0, 256, n, np.uint8).tobytes() for n in lengths]
+    size, digest = direct.write_blocks(tmp_path / "data", map(memoryview, blocks))
+    written = (tmp_path / "data").read_bytes()
+    assert written == b"".join(blocks)
+    assert (size, digest) == (len(written), hashlib.sha256(written).hexdigest())
