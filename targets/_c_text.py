@@ -17,7 +17,7 @@ $rows
  * Workspace: $workspace bytes: $planned for tensors (no plan needs less than $bound), $scratch for the
  * kernels' own use. Its content need not be set before a call and means nothing after one.
  *
- * Processor: x86-64, built for $cpu; ${p}_run and ${p}_check_cpu report any other than one with
+ * Processor: x86-64 under Linux, built for $cpu; ${p}_run and ${p}_check_cpu report any other than one with
  *     $features
  *
  * Link: cc program.c lib$p.a$link

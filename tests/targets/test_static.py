@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +172,9 @@ agraph (float[6,2,8] x, float[1,2,16] h, float[1,2,16] c) => (float[6,1,2,16] y,
     y, hn, cn = LSTM <hidden_size=16> (x, w, r, b, , h, c)
 }
 """
-# Integer input; one output is read by the other's kernels, through a reshape; an input is passed on.
+# Integer input, a scalar; one output is read by the other's kernels, through a reshape; an input is passed on.
 TABLE = """
-agraph (int64[3,4] token, float[2,12] float) => (float[3,4,8] row, float[2,48] new, float[2,12] same)
+agraph (int64[3,4] token, float[2,12] float, float int) => (float[3,4,8] row, float[2,48] new, float[2,12] same)
 <float[20,8] table, float[48,12] w, int64[2] shape = {2, 48}>
 {
     row = Gather (table, token)
@@ -180,7 +182,8 @@ agraph (int64[3,4] token, float[2,12] float) => (float[3,4,8] row, float[2,48] n
     wt = Transpose <perm=[1,0]> (w)
     product = MatMul (float, wt)
     sum = Add (flat, product)
-    new = Tanh (sum)
+    scaled = Mul (sum, int)
+    new = Tanh (scaled)
     same = Identity (float)
 }
 """
@@ -249,6 +252,15 @@ def compiled(folder: Path, text: str, libraries: Sequence[Path], command: Sequen
 def compilers() -> list[list[str]]:
     found = [[*ZIG, "cc"]]
     return found + [["gcc", "-Wall", "-Wextra", "-Werror", "-static"]] * (shutil.which("gcc") is not None)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a multiple of 64 bytes."""
+    room = np.zeros(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +344,30 @@ class TestBuilt:
         said = subprocess.run([made], check=True, capture_output=True, text=True).stdout.splitlines()
         assert said[:2] == ["a pointer is not aligned to 64 bytes", "unknown error"]
         assert re.fullmatch(r"mc-opt \S+, TVM \S+", said[2])
+
+    def test_threads_with_their_own_workspaces_do_not_disturb_each_other(self, built: Built, tmp_path: Path) -> None:
+        model, folder = built["lstm"]
+        words = ["-shared", "--whole-archive", str(folder / "liblstm.a"), "-o", str(tmp_path / "lstm.so")]
+        zig(tmp_path, "ld.lld", *words)
+        library = ctypes.CDLL(str(tmp_path / "lstm.so"))  # libc and libm are those of this process
+        samples = [s.inputs for s in ir.seeded_data(model, 4, 7)]
+        session = ir.Session(model)
+        expected = [list(session.run(s).values()) for s in samples]
+
+        def work(k: int) -> None:
+            inputs = [aligned(a) for a in samples[k].values()]
+            outputs = [aligned(np.zeros_like(a)) for a in expected[k]]
+            workspace = aligned(np.zeros(library.lstm_workspace_size(), np.uint8))
+            pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*inputs, *outputs, workspace)]
+            for _ in range(300):
+                for output in outputs:
+                    output.fill(0)
+                assert library.lstm_run(*pointers) == 0
+                for made, wanted in zip(outputs, expected[k], strict=True):
+                    np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-4 * np.ptp(wanted))
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
 
     def test_the_header_is_also_cpp(self, built: Built, tmp_path: Path) -> None:
         _, folder = built["table"]
