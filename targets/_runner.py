@@ -22,7 +22,8 @@ def _port(port: Port) -> str:
 _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...
 //
 // Inputs and outputs are raw files, in the order of manifest.json; the outputs' types and shapes are printed.
-// Build it against the headers and the runtime of the Python packages tvm and tvm_ffi, and run it:
+// Build it against the headers and the runtime of the Python packages tvm and tvm_ffi, with a compiler whose C++
+// library is libstdc++, as theirs was (libc++, which zig c++ brings, crashes), and run it:
 //   TVM=$(python -c 'import importlib.util as u; print(u.find_spec("tvm").submodule_search_locations[0])')
 //   FFI=$(python -c 'import importlib.util as u; print(u.find_spec("tvm_ffi").submodule_search_locations[0])')
 //   g++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
