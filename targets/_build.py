@@ -118,6 +118,7 @@ def fuse(module: tvm.IRModule) -> tvm.IRModule:
         [
             transform.DeadCodeElimination(),
             transform.AnnotateTIROpPattern(),
+            tvm.transform.module_pass(lambda module, _: _schedule.correct_patterns(module), opt_level=0),
             transform.FuseOps(),
             transform.FuseTIR(),
             transform.DeadCodeElimination(),

@@ -24,6 +24,33 @@ _PARALLEL_WORK = 1 << 20
 _UNROLLED_STEPS = 32
 
 _SPATIAL, _REDUCE = 0, 2
+# relax.OpPatternKind of an injective function.
+_INJECTIVE = 2
+
+
+def correct_patterns(module: tvm.IRModule) -> tvm.IRModule:
+    """Call injective what AnnotateTIROpPattern takes for element-wise, though it changes the extent of an axis.
+
+    A pad at the end and a slice from the beginning read the element that they write; on the tile of the
+    kernel before them a pad would leave its border unwritten.
+    """
+    changed = {}
+    for variable, function in module.functions.items():
+        if not isinstance(function, tirx.PrimFunc) or not function.attrs or "op_pattern" not in function.attrs:
+            continue
+        if int(function.attrs["op_pattern"]) < _INJECTIVE and _resizes(function):
+            changed[variable] = function.with_attr("op_pattern", _INJECTIVE)
+    result = tvm.IRModule(dict(module.functions), attrs=module.attrs)
+    for variable, function in changed.items():
+        result[variable] = function
+    return result
+
+
+def _resizes(function: Any) -> bool:
+    """Whether an input has an extent that is neither the output's nor 1, axes aligned at the end."""
+    shapes = [[int(s) for s in parameter.ty.shape] for parameter in function.params]
+    *inputs, output = shapes
+    return any(a not in (1, b) for shape in inputs for a, b in zip(reversed(shape), reversed(output), strict=False))
 
 
 def schedule(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list[str]]:
