@@ -66,6 +66,9 @@ def serve() -> None:
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         answer = {"kind": "TargetError", "error": f"{Path(error.cmd[0]).name} failed: {said[0]}"}
+    except Exception as error:  # a mistake of ours or of TVM's: still one line, and the process ends in order
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
+        answer = {"kind": "TargetError", "error": f"the build failed: {type(error).__name__}: {said[-1]}; report this"}
     reporter.send(answer)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +31,18 @@ class Artefact:
         if manifest.threads > 1:
             self._tvm.get_global_func("runtime.config_threadpool")(1, manifest.threads)
         try:
-            library = self._tvm.runtime.load_module(str(folder / "model.so"))
+            library = self._open(folder / "model.so")
         except Exception as error:
             line = str(error).strip().splitlines()[-1]
             raise IRError(f"{folder / 'model.so'}: cannot be loaded: {line}; build the artefact again") from error
         self._main = relax.VirtualMachine(library, self._tvm.cpu())["main"]
+
+    def _open(self, path: Path) -> Any:
+        """The library at `path` as it is now: the loader knows libraries by name, and would give an earlier build."""
+        with tempfile.TemporaryDirectory(prefix="mc-opt-") as folder:
+            link = Path(folder, "model.so")
+            link.symlink_to(path.resolve())
+            return self._tvm.runtime.load_module(str(link))
 
     @property
     def inputs(self) -> tuple[Port, ...]:

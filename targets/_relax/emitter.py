@@ -183,7 +183,7 @@ class Emitter:
         """Emit the kernel that the tensor expression `fn(*args)` describes."""
         return self.bb.emit_te(fn, *args, primfunc_name_hint=name)
 
-    def tuple_te(self, fn: Callable[..., Sequence[te.Tensor]], *args: relax.Expr, name: str) -> list[relax.Var]:
+    def tuple_te(self, fn: Callable[..., Sequence[Any]], *args: relax.Expr, name: str) -> list[relax.Var]:
         """Emit one kernel with several outputs."""
         result = self.bb.emit_te(fn, *args, primfunc_name_hint=name)
         return [self.bb.emit(relax.TupleGetItem(result, k)) for k in range(len(result.ty.fields))]
@@ -310,7 +310,7 @@ def reshaped(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
         flat: Any = 0
         for k, extent in zip(i, shape, strict=True):
             flat = flat * extent + k
-        index = []
+        index: list[Any] = []
         for extent in reversed(old):
             index.append(flat % extent if len(index) < len(old) - 1 else flat)
             flat = flat // extent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -39,11 +40,13 @@ def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, 
     fallbacks = _inline_functions(model, table)
     emitter = Emitter(model, machine)
     emitter.fallbacks.extend(fallbacks)
-    inputs = []
+    inputs: list[Any] = []
     for value in model.graph.inputs:
         assert value.shape is not None and value.dtype is not None
         dtype = str(np.dtype(value.dtype.numpy()))
-        inputs.append(relax.Var(f"in_{len(inputs)}", relax.TensorType([int(d) for d in value.shape], dtype)))
+        inputs.append(
+            relax.Var(f"in_{len(inputs)}", relax.TensorType([d for d in value.shape if isinstance(d, int)], dtype))
+        )
         emitter.set(value, inputs[-1])
     nodes = list(model.graph)
     with emitter.bb.function("main", inputs):

@@ -65,7 +65,7 @@ def _coordinates(
     e: Emitter, node: onnx_ir.Node, size: int, new: int, *, scale: float, region: tuple[float, float]
 ) -> np.ndarray:
     """Where each of `new` elements lies on the axis of `size` elements."""
-    i = np.arange(new, dtype=np.float64)
+    i: np.ndarray = np.arange(new, dtype=np.float64)
     mode = e.attribute(node, "coordinate_transformation_mode", "half_pixel")
     match mode:
         case "asymmetric":
@@ -123,9 +123,9 @@ def _rounded(e: Emitter, node: onnx_ir.Node, at: np.ndarray) -> np.ndarray:
         case "ceil":
             return np.ceil(at)
         case "round_prefer_ceil":
-            return np.floor(at + np.float32(0.5))
+            return np.asarray(np.floor(at + np.float32(0.5)))
         case _:
-            return np.ceil(at - np.float32(0.5))
+            return np.asarray(np.ceil(at - np.float32(0.5)))
 
 
 def _apply(

@@ -168,7 +168,7 @@ def _split(e: Emitter, node: onnx_ir.Node) -> None:
 
 
 def _concat(e: Emitter, node: onnx_ir.Node) -> None:
-    values = [v for v in node.inputs if v is not None and math.prod(e.shape(v))]
+    values = [v for v in node.inputs if v is not None and 0 not in e.shape(v)]
     values = values or [first(node)]
     shapes = [e.shape(v) for v in values]
     axis = e.attribute(node, "axis", 0) % len(shapes[0])
@@ -317,9 +317,9 @@ def _static(e: Emitter, node: onnx_ir.Node) -> None:
 
 
 def _eye_like(e: Emitter, node: onnx_ir.Node) -> None:
-    shape = e.shape(first(node))
+    rows, columns = e.shape(first(node))
     kind = onnx_ir.DataType(e.attribute(node, "dtype", first(node).dtype or 1))
-    e.set_constant(node.outputs[0], np.eye(*shape, k=e.attribute(node, "k", 0), dtype=kind.numpy()))
+    e.set_constant(node.outputs[0], np.eye(rows, columns, k=e.attribute(node, "k", 0), dtype=kind.numpy()))
 
 
 def _cumsum(e: Emitter, node: onnx_ir.Node) -> None:

@@ -1,0 +1,210 @@
+"""Every op without a kernel of its own, held to ONNX Runtime; one compiled module a family, to save time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+from onnx import parser
+
+from mc_opt import targets
+
+pytestmark = [pytest.mark.tvm, pytest.mark.zig]
+
+RNG = np.random.default_rng(0)
+
+
+def check(
+    tmp_path: Path, text: str, feeds: dict[str, np.ndarray], *, target: str = "x86", atol: float = 1e-6
+) -> targets.Artefact:
+    """Build the model and compare every output with ONNX Runtime's, types and shapes included."""
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]>\n{text}')
+    model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    targets.parse_target(target).compile(model, tmp_path, lambda *_: None)
+    artefact = targets.load_artefact(tmp_path)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    results = artefact.run(feeds)
+    for name, expected in zip(results, session.run(None, feeds), strict=True):
+        actual = results[name]
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), name
+        # Both sides round every float32 operation; polynomials add a unit or two in the last place.
+        np.testing.assert_allclose(actual, expected, rtol=3e-6, atol=atol, err_msg=name)
+    return artefact
+
+
+def graph(inputs: str, lines: list[tuple[str, str]], weights: str = "", before: str = "") -> str:
+    """A graph with one output a line: (its type, the node)."""
+    outputs = ", ".join(_typed(kind, k) for k, (kind, _) in enumerate(lines))
+    body = "\n".join(f"y{k} = {node}" for k, (_, node) in enumerate(lines))
+    return f"g ({inputs}) => ({outputs}) {f'<{weights}>' if weights else ''} {{\n{before}\n{body}\n}}"
+
+
+def _typed(kind: str, k: int) -> str:
+    return f"{kind} y{k}"
+
+
+def test_functions_of_one_element(tmp_path: Path) -> None:
+    names = (
+        "Abs Neg Ceil Floor Round Reciprocal Exp Sin Cos Erf Sigmoid Tanh Softplus Elu Selu LeakyRelu HardSigmoid"
+        " HardSwish Gelu Relu Sign Identity"
+    ).split()
+    shape = "[2,3,5,7]"
+    lines = [(f"float{shape}", f"{name}(x)") for name in names]
+    lines += [
+        (f"float{shape}", "Sqrt(p)"),
+        (f"float{shape}", "Log(p)"),
+        (f"float{shape}", 'Gelu<approximate="tanh">(p)'),
+    ]
+    lines += [(f"bool{shape}", "IsNaN(x)"), (f"bool{shape}", "IsInf(x)")]
+    x = (RNG.standard_normal((2, 3, 5, 7)) * 3).astype(np.float32)
+    x.flat[:11] = [0, 0.5, 1.5, 2.5, -0.5, np.nan, np.inf, -np.inf, -100, 100, 1e-30]
+    p = np.abs(RNG.standard_normal((2, 3, 5, 7))).astype(np.float32)
+    check(tmp_path, graph(f"float{shape} x, float{shape} p", lines), {"x": x, "p": p})
+
+
+def test_functions_of_several_elements(tmp_path: Path) -> None:
+    shape = "[2,3,4]"
+    lines = [(f"float{shape}", f"{n}(p, q)") for n in "Add Sub Mul Div Pow Max Min PRelu Sum Mean".split()]
+    lines += [(f"bool{shape}", f"{n}(p, q)") for n in "Equal Greater GreaterOrEqual Less LessOrEqual".split()]
+    lines += [(f"int64{shape}", f"{n}(a, b)") for n in "Add Sub Mul Div Mod Max Min".split()]
+    lines += [(f"int64{shape}", "Mod<fmod=1>(a, b)"), (f"float{shape}", "Mod<fmod=1>(p, q)")]
+    lines += [(f"bool{shape}", f"{n}(m, n)") for n in "And Or Xor Equal".split()] + [(f"bool{shape}", "Not(m)")]
+    lines += [(f"float{shape}", "Where(m, p, q)"), (f"float{shape}", "Pow(p, two)"), (f"float{shape}", "Pow(p, half)")]
+    lines += [(f"float{shape}", "Clip(p, half, two)"), (f"float{shape}", "Clip(p, , two)")]
+    lines += [(f"{kind}{shape}", f"Cast<to={code}>(p)") for kind, code in (("int64", 7), ("int32", 6), ("uint8", 2))]
+    lines += [(f"float{shape}", "Cast<to=1>(a)"), (f"float{shape}", "Cast<to=1>(m)"), (f"bool{shape}", "Cast<to=9>(a)")]
+    lines += [(f"float{shape}", "CastLike(a, p)"), (f"float{shape}", "Dropout(p)")]
+    lines += [(f"uint8{shape}", f'BitShift<direction="{d}">(u, v)') for d in ("LEFT", "RIGHT")]
+    inputs = ", ".join(
+        [f"float{shape} p", "float[3,1] q", f"int64{shape} a", f"int64{shape} b"]
+        + [f"uint8{shape} u", f"uint8{shape} v", f"bool{shape} m", f"bool{shape} n"]
+    )
+    full = (2, 3, 4)
+    divisor = RNG.integers(-4, 4, full)
+    feeds = {
+        "p": (np.abs(RNG.standard_normal(full)) * 3 + 0.1).astype(np.float32),
+        "q": RNG.standard_normal((3, 1)).astype(np.float32),
+        "a": RNG.integers(-9, 9, full),
+        "b": np.where(divisor == 0, 5, divisor),
+        "u": RNG.integers(0, 255, full).astype(np.uint8),
+        "v": RNG.integers(0, 7, full).astype(np.uint8),
+        "m": RNG.integers(0, 2, full).astype(bool),
+        "n": RNG.integers(0, 2, full).astype(bool),
+    }
+    check(tmp_path, graph(inputs, lines, "float two = {2}, float half = {0.5}"), feeds)
+
+
+MOVES = [
+    ("float[6,20]", "Flatten<axis=2>(x)"),
+    ("float[2,60]", "Reshape(x, to)"),
+    ("float[5,4,3,2]", "Transpose(x)"),
+    ("float[2,4,5,3]", "Transpose<perm=[0,2,3,1]>(x)"),
+    ("float[2,3,4,2]", "Slice(x, starts, ends, axes, steps)"),
+    ("float[2,3,4,5]", "Concat<axis=1>(part1, part2)"),
+    ("float[2,3,6,8]", "Pad(x, pads)"),
+    ("float[2,3,6,8]", 'Pad<mode="reflect">(x, pads)'),
+    ("float[2,3,6,8]", 'Pad<mode="edge">(x, pads)'),
+    ("float[4,3,4,10]", "Tile(x, repeats)"),
+    ("float[2,2,3,4,5]", "Expand(x, wide)"),
+    ("float[2,1,3,4,5]", "Unsqueeze(x, one)"),
+    ("float[2,3,4,5]", "Squeeze(long, one)"),
+    ("float[2,3,4,5]", "Trilu(x)"),
+    ("float[2,3,4,5]", "Trilu<upper=0>(x, below)"),
+    ("float[2,3,4,5]", "CumSum(x, third)"),
+    ("float[2,3,4,5]", "CumSum<exclusive=1, reverse=1>(x, third)"),
+    ("int64[4]", "Shape(x)"),
+    ("int64", "Size(x)"),
+    ("float[2,2,4,5]", "Gather<axis=1>(x, pick)"),
+    ("float[2,5]", "Gather(table, at)"),
+    ("float[2,3,4,5]", "GatherElements<axis=3>(x, each)"),
+    ("float[3,5]", "GatherND(x, points)"),
+    ("float[2,3,4,5]", "ScatterND(x, points, update)"),
+    ("float[2,3,4,5]", 'ScatterND<reduction="add">(x, points, update)'),
+    ("float[2,3,8,10]", "Resize(x, , double)"),
+    ("float[2,3,6,7]", 'Resize<mode="linear">(x, , , size)'),
+    ("float[2,3,6,7]", 'Resize<mode="cubic", coordinate_transformation_mode="align_corners">(x, , , size)'),
+    ("float[2,3,4,5]", "BatchNormalization(x, gamma, beta, mu, sigma)"),
+    ("uint8[2,3,4,5]", "QuantizeLinear(x, step, zero)"),
+    ("float[2,3,4,5]", "DequantizeLinear<axis=1>(codes, step3, zero3)"),
+    ("float[5]", "Range(f0, f5, f1)"),
+    ("float[2,3]", "ConstantOfShape(rows)"),
+]
+WEIGHTS = """int64[2] to = {2, 60}, int64[2] starts = {3, 0}, int64[2] ends = {-100, 5}, int64[2] axes = {2, 3},
+int64[2] steps = {-1, 3}, int64[8] pads = {0, 0, 1, 2, 0, 0, 1, 1}, int64[4] repeats = {2, 1, 1, 2},
+int64[5] wide = {2, 2, 3, 4, 5}, int64[1] one = {1}, int64[1] third = {2}, int64 below = {-1},
+int64[2] pick = {2, -1}, int64[3,3] points = {0, 0, 0, 1, 2, 3, 1, 1, 1}, int64[2] cut = {1, 2},
+float[4] double = {1, 1, 2, 2}, int64[4] size = {2, 3, 6, 7}, float[3] gamma = {1, 2, 3}, float[3] beta = {1, 0, -1},
+float[3] mu = {0.5, -0.5, 0.1}, float[3] sigma = {1, 2, 0.5}, float step = {0.05}, uint8 zero = {10},
+float[3] step3 = {0.1, 0.2, 0.3}, int8[3] zero3 = {0, 0, 0}, float f0 = {0}, float f5 = {5}, float f1 = {1},
+int64[2] rows = {2, 3}"""
+
+
+def test_movers_of_elements(tmp_path: Path) -> None:
+    inputs = (
+        "float[2,3,4,5] x, float[7,5] table, int64[2] at, int64[2,3,4,5] each, float[3,5] update, int8[2,3,4,5] codes"
+    )
+    before = "part1, part2 = Split<axis=1>(x, cut)\nlong = Unsqueeze(x, one)"
+    shape = (2, 3, 4, 5)
+    feeds = {
+        "x": RNG.standard_normal(shape).astype(np.float32),
+        "table": RNG.standard_normal((7, 5)).astype(np.float32),
+        "at": np.array([3, -2]),
+        "each": RNG.integers(-5, 5, shape),
+        "update": RNG.standard_normal((3, 5)).astype(np.float32),
+        "codes": RNG.integers(-100, 100, shape).astype(np.int8),
+    }
+    check(tmp_path, graph(inputs, MOVES, WEIGHTS, before), feeds)
+
+
+def test_reductions(tmp_path: Path) -> None:
+    names = "ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare ReduceLogSumExp"
+    lines = []
+    for name in names.split():
+        lines += [
+            ("float[2,1,4,1]", f"{name}(x, axes)"),
+            ("float[2,4]", f"{name}<keepdims=0>(x, axes)"),
+            ("float", f"{name}<keepdims=0>(x)"),
+        ]
+    for name in ("ArgMax", "ArgMin"):
+        lines += [
+            ("int64[2,3,1,5]", f"{name}<axis=2>(ties)"),
+            ("int64[2,3,5]", f"{name}<axis=2, keepdims=0, select_last_index=1>(ties)"),
+        ]
+    x = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32)
+    ties = RNG.integers(0, 3, (2, 3, 4, 5)).astype(np.float32)
+    text = graph("float[2,3,4,5] x, float[2,3,4,5] ties", lines, "int64[2] axes = {1, 3}")
+    check(tmp_path, text, {"x": x, "ties": ties})
+
+
+LAYOUT = """
+g (float[1,8,6,6] x) => (float[1,4,12,12] up, float[1,16] flat, float[1,6,6,8] last, float[1,16,6,6] gated) {
+  a = Conv<pads=[1,1,1,1]>(x, w)
+  scaled = Mul(a, per_channel)
+  b = Relu(scaled)
+  joined = Concat<axis=1>(b, a)
+  mean = ReduceMean(joined, spatial)
+  flat = Flatten(mean)
+  gate = Sigmoid(mean)
+  gated = Mul(joined, gate)
+  last = Transpose<perm=[0,2,3,1]>(b)
+  first, second = Split<axis=1, num_outputs=2>(b)
+  up = Resize(first, , double)
+}"""
+
+
+def test_values_stay_channels_last_between_convolutions(tmp_path: Path) -> None:
+    weights = (RNG.standard_normal((8, 8, 3, 3)) * 0.2).astype(np.float32)
+    lists = {
+        "w": f"float[8,8,3,3] w = {{{', '.join(f'{v:.6f}' for v in weights.reshape(-1))}}}",
+        "per_channel": "float[8,1,1] per_channel = {1, 2, 3, 4, 5, 6, 7, 8}",
+        "spatial": "int64[2] spatial = {2, 3}",
+        "double": "float[4] double = {1, 1, 2, 2}",
+    }
+    text = LAYOUT.replace(") {", f") <{', '.join(lists.values())}> {{", 1)
+    x = RNG.standard_normal((1, 8, 6, 6)).astype(np.float32)
+    # Sums of 72 products, added in another order than ONNX Runtime's, times up to 8.
+    check(tmp_path, text, {"x": x}, target="x86{cpu=x86-64-v3}", atol=2e-5)
