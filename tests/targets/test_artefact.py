@@ -1,0 +1,98 @@
+"""Artefacts as they are loaded: what is there now runs, what was changed or does not fit is refused."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mc_opt
+from mc_opt import ir
+from tests._harness import model
+
+pytest.importorskip("tvm", reason="needs the extra tvm")
+
+CPU = "x86{cpu=x86-64-v3}"
+
+
+def scaled(factor: float, width: int = 4) -> str:
+    return f"""<ir_version: 10, opset_import: ["": 21]> g (float[2,{width}] x) => (float[2,{width}] y)
+        <float k = {{{factor}}}> {{ y = Mul(x, k) }}"""
+
+
+@pytest.fixture(scope="module")
+def doubled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artefact") / "ein Ordner"
+    mc_opt.build(model(scaled(2)), CPU, folder)
+    return folder
+
+
+def test_the_artefact_that_is_there_now_runs(tmp_path: Path) -> None:
+    x = np.ones((2, 4), np.float32)
+    for factor in (2.0, 3.0):  # the dynamic loader would give the first library again for the same path
+        mc_opt.build(model(scaled(factor)), CPU, tmp_path / "out")
+        assert mc_opt.load(tmp_path / "out").run({"x": x})["y"].tolist() == (x * factor).tolist()
+
+
+def test_two_loads_run_in_threads(doubled: Path) -> None:
+    artefacts = [mc_opt.load(doubled), mc_opt.load(doubled, target="x86")]
+    wrong: list[float] = []
+
+    def work(value: float) -> None:
+        x = np.full((2, 4), value, np.float32)
+        for turn in range(50):
+            y = artefacts[turn % 2].run({"x": x})["y"]
+            if not np.array_equal(y, x * 2):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(k),)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, r"input 'x': missing; expected float32\[2, 4\]"),
+        ({"x": np.ones((2, 5), np.float32)}, r"input 'x': has shape \[2, 5\], expected \[2, 4\]"),
+        ({"x": np.ones((2, 4))}, r"input 'x': is float64, expected float32"),
+        ({"x": np.ones((2, 4), np.float32), "z": np.ones(1)}, r"input 'z': the model has no such input \(known: x\)"),
+    ],
+)
+def test_inputs_that_do_not_fit(doubled: Path, inputs: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ir.DataError, match=message):
+        mc_opt.load(doubled).run(inputs)
+
+
+def test_what_does_not_run_here_is_refused(doubled: Path, tmp_path: Path) -> None:
+    text = (doubled / "x86/manifest.json").read_text()
+    for old, new, message in [
+        ('"avx2"', '"avx10"', r"cannot run here: built for x86-64-v3, .* lacks avx10"),
+        ('"kind": "x86"', '"kind": "arm"', "built for arm"),
+    ]:
+        place = tmp_path / new.strip('"').replace('"', "").replace(" ", "")
+        place.mkdir()
+        (place / "model.so").write_bytes((doubled / "x86/model.so").read_bytes())
+        assert old in text
+        (place / "manifest.json").write_text(text.replace(old, new, 1))
+        with pytest.raises(ir.IRError, match=message):
+            mc_opt.load(place)
+
+
+def test_a_changed_library_is_refused(doubled: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text((doubled / "x86/manifest.json").read_text())
+    (tmp_path / "model.so").write_bytes((doubled / "x86/model.so").read_bytes() + b"x")
+    with pytest.raises(ir.IRError, match="differs from the file that was built"):
+        mc_opt.load(tmp_path)
+
+
+def test_what_was_not_built(doubled: Path, tmp_path: Path) -> None:
+    with pytest.raises(ir.IRError, match=r"target 'arm' was not built \(built: x86\)"):
+        mc_opt.load(doubled, target="arm")
+    with pytest.raises(ir.IRError, match="holds no built target; build one with --target x86"):
+        mc_opt.load(tmp_path)
