@@ -80,12 +80,12 @@ def exp_definition(x: Expr) -> Expr:
 
 
 def _exp(x: Expr) -> Expr:
-    return bind(clamp(x, _EXP_LOWEST, _EXP_HIGHEST), lambda x: _exp_scaled(x, _power_in_two_steps))
+    return bind(clamp(x, _EXP_LOWEST, _EXP_HIGHEST), lambda x: _exp_scaled(x, _times_power_in_two_steps))
 
 
-def _exp_scaled(x: Expr, power: Callable[[Expr, Expr], Expr]) -> Expr:
+def _exp_scaled(x: Expr, times_power: Callable[[Expr, Expr], Expr]) -> Expr:
     whole = tirx.floor(x * constant(_LOG2_E, x) + constant(0.5, x))
-    return bind(whole, lambda n: _exp_rest(x, n) * power(n.astype(_integer_type(type_of(x))), x))
+    return bind(whole, lambda n: times_power(_exp_rest(x, n), n.astype(_integer_type(type_of(x)))))
 
 
 def _exp_rest(x: Expr, whole: Expr) -> Expr:
@@ -97,10 +97,15 @@ def _exp_polynomial(r: Expr) -> Expr:
     return p * r * r + r + constant(1.0, r)
 
 
-def _power_in_two_steps(n: Expr, like: Expr) -> Expr:
-    # Two factors, for n reaches from -150 to 128 and one exponent field does not.
+def _times_power(value: Expr, n: Expr) -> Expr:
+    return value * _power_of_two(n, value)
+
+
+def _times_power_in_two_steps(value: Expr, n: Expr) -> Expr:
+    # Two factors, one after the other: n reaches from -150 to 128, and neither one exponent field nor the product
+    # of the factors alone does.
     half = n >> tirx.const(1, type_of(n))
-    return _power_of_two(half, like) * _power_of_two(n - half, like)
+    return value * _power_of_two(half, value) * _power_of_two(n - half, value)
 
 
 def exp_not_positive(x: Expr) -> Expr:
@@ -114,7 +119,7 @@ def _exp_not_positive(x: Expr) -> Expr:
 
 def _exp_not_positive_of(x: Expr) -> Expr:
     lowest = constant(-87.0, x)
-    return bind(tirx.Select(x < lowest, lowest, x), lambda x: _exp_scaled(x, _power_of_two))
+    return bind(tirx.Select(x < lowest, lowest, x), lambda x: _exp_scaled(x, _times_power))
 
 
 def sigmoid(x: Expr) -> Expr:

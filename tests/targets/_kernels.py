@@ -1,0 +1,98 @@
+"""One small model through the kernels in this process, beside ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import tvm
+from onnx import parser, shape_inference
+from tvm import relax
+
+from mc_opt import ir
+from mc_opt.targets import _machine
+from mc_opt.targets._build import _pipeline, fuse, llvm_target
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import intrinsics, lower
+from mc_opt.targets.kernels import _schedule
+
+Arrays = Mapping[str, np.ndarray]
+RNG_SCALE = 0.3
+
+
+@functools.cache
+def machine(cpu: str = "native") -> Machine:
+    """This processor, or a level of the ABI."""
+    return _machine.native() if cpu == "native" else _machine.named(cpu)
+
+
+@functools.cache
+def _register() -> None:
+    intrinsics.register()
+
+
+def model(text: str, weights: Arrays | None = None) -> onnx.ModelProto:
+    """A model from ONNX's text syntax, its weights added."""
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["": 21, "mc_opt": 1]> {text}')
+    for name, array in (weights or {}).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return proto
+
+
+def build(proto: onnx.ModelProto, target: Machine) -> tuple[relax.VirtualMachine, tvm.IRModule, list[str]]:
+    """The model compiled; its scheduled module and the notes of its schedules."""
+    _register()
+    held = onnx_ir.from_proto(proto)
+    lowered = lower.lower(held, target, lambda *_: None)
+    with llvm_target(target) as llvm:
+        module, notes = _schedule.schedule(fuse(lowered.module), target)
+        executable = tvm.compile(module, target=llvm, relax_pipeline=_pipeline(), tir_pipeline=intrinsics.PIPELINE)
+    return relax.VirtualMachine(executable, tvm.cpu()), module, [*lowered.fallbacks, *notes]
+
+
+def feeds(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Seeded values for the inputs."""
+    rng = np.random.default_rng(1)
+    result = {}
+    for value in proto.graph.input:
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        floating = value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        result[value.name] = (
+            rng.standard_normal(shape).astype(np.float32) if floating else rng.integers(0, 3, shape).astype(np.int64)
+        )
+    return result
+
+
+def reference(proto: onnx.ModelProto, inputs: Arrays) -> list[np.ndarray]:
+    """ONNX Runtime's outputs."""
+    whole = onnx_ir.from_proto(shape_inference.infer_shapes(proto))
+    ir.add_functions(whole)
+    session = onnxruntime.InferenceSession(
+        onnx_ir.to_proto(whole).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return list(session.run(None, dict(inputs)))
+
+
+def check(text: str, weights: Arrays | None = None, *, cpu: str = "native", quiet: bool = True) -> None:
+    """Kernels and ONNX Runtime agree within 1e-5 of the largest output: float32 sums in another order."""
+    proto = model(text, weights)
+    inputs = feeds(proto)
+    wanted = reference(proto, inputs)
+    run, _, notes = build(proto, machine(cpu))
+    got = [t.numpy() for t in run["main"](*[tvm.runtime.tensor(a) for a in inputs.values()])]
+    assert len(wanted) == len(got)
+    for a, b in zip(wanted, got, strict=True):
+        assert a.shape == b.shape
+        assert not np.isnan(b).any()
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3)
+    if quiet:
+        assert notes == []
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Seeded weights."""
+    return (np.random.default_rng(seed).standard_normal(shape) * RNG_SCALE).astype(np.float32)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.targets._kernels import check, normal
+
+pytestmark = pytest.mark.tvm
+
+# n, input channels, size, output channels, kernel, attributes, groups
+CASES = {
+    "same": (1, 16, (14, 14), 32, (3, 3), "pads=[1,1,1,1]", 1),
+    "stem": (1, 3, (31, 33), 24, (7, 7), "pads=[3,3,3,3], strides=[2,2]", 1),
+    "odd": (1, 3, (9, 11), 10, (3, 2), "pads=[1,0,2,1], strides=[2,1]", 1),
+    "dilated": (2, 16, (13, 7), 24, (3, 3), "pads=[2,2,2,2], dilations=[2,2]", 1),
+    "grouped": (1, 8, (13, 7), 12, (3, 3), 'auto_pad="SAME_UPPER", strides=[2,2]', 4),
+    "grouped wide": (1, 64, (5, 5), 64, (1, 1), "strides=[1,1]", 2),
+    "depthwise": (1, 24, (14, 15), 24, (3, 3), "pads=[1,1,1,1]", 24),
+    "depthwise multiplier": (1, 6, (14, 15), 12, (3, 3), "pads=[1,1,1,1], strides=[2,2]", 6),
+    "depthwise cut": (1, 16, (12, 12), 16, (3, 3), "pads=[0,0,1,1], strides=[2,2]", 16),
+    "one dimension": (1, 5, (33,), 7, (4,), "pads=[1,2], strides=[3]", 1),
+    "one channel": (1, 5, (9,), 1, (1,), "strides=[1]", 1),
+    "three dimensions": (1, 4, (5, 6, 7), 6, (2, 3, 2), "pads=[1,0,1,0,1,1]", 1),
+    "strided point": (1, 16, (15, 15), 40, (1, 1), "strides=[2,2]", 1),
+}
+
+
+def _conv_text(case: tuple, tail: str) -> tuple[str, dict[str, np.ndarray]]:
+    n, c, size, o, kernel, attributes, groups = case
+    dims = ",".join(map(str, (n, c, *size)))
+    out = ",".join(f"d{i}" for i in range(2 + len(size)))
+    text = f"g (float[{dims}] x) => (float[{out}] y) {{ c = Conv<group={groups}, {attributes}>(x, w, b) {tail} }}"
+    return text, {"w": normal(o, c // groups, *kernel), "b": normal(o, seed=1)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_convolution_with_fused_activation(name):
+    check(*_conv_text(CASES[name], "y = Relu(c)"))
+
+
+@pytest.mark.parametrize("name", ["odd", "grouped", "depthwise multiplier"])
+def test_convolution_on_avx2(name):
+    check(*_conv_text(CASES[name], "y = Relu(c)"), cpu="x86-64-v3")
+
+
+def test_residual_is_added_on_the_tile():
+    text = """g (float[1,16,9,9] x) => (float[1,16,9,9] y)
+        { a = Relu(x)  c = Conv<pads=[1,1,1,1]>(a, w)  s = Add(c, a)  y = Relu(s) }"""
+    check(text, {"w": normal(16, 16, 3, 3)})
+
+
+def test_pad_after_a_convolution_is_not_taken_for_element_wise():
+    text = """g (float[1,4,8,8] x) => (float[1,16,5,5] y)
+        { c = Conv(x, w)  r = Relu(c)  p = Pad(r, pads)  y = Conv<group=16, strides=[2,2]>(p, v) }"""
+    weights = {"w": normal(16, 4, 1, 1), "v": normal(16, 1, 1, 1), "pads": np.array([0, 0, 0, 0, 0, 0, 1, 1])}
+    check(text, weights)
+
+
+def test_weight_that_the_model_computes():
+    check("g (float[1,3,6,6] x, float[5,3,3,3] w) => (float[1,5,4,4] y) { y = Conv(x, w) }")
+
+
+TRANSPOSED = {
+    "sub-pixel": (3, (5, 7), 6, (2, 2), "strides=[2,2]", 1),
+    "overlap": (3, (5, 7), 6, (3, 3), "strides=[2,2], pads=[1,1,1,1], output_padding=[1,1]", 1),
+    "asymmetric": (3, (5, 7), 6, (3, 3), "strides=[2,3], pads=[1,0,0,1]", 1),
+    "dilated groups": (4, (5, 7), 6, (3, 3), "strides=[2,1], dilations=[2,1], pads=[1,0,1,1]", 2),
+    "depthwise": (4, (5, 7), 4, (3, 3), "strides=[2,2]", 4),
+    "same": (3, (5,), 6, (5,), 'strides=[2], auto_pad="SAME_LOWER"', 1),
+    "shape given": (3, (5, 7), 6, (3, 3), "strides=[2,2], output_shape=[10,14]", 1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolution(name):
+    c, size, o, kernel, attributes, groups = TRANSPOSED[name]
+    dims, out = ",".join(map(str, (1, c, *size))), ",".join(f"d{i}" for i in range(2 + len(size)))
+    text = f"g (float[{dims}] x) => (float[{out}] y) {{ y = ConvTranspose<group={groups}, {attributes}>(x, w, b) }}"
+    check(text, {"w": normal(c, o // groups, *kernel), "b": normal(o, seed=1)})
+
+
+POOLS = [
+    "MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>",
+    "MaxPool<kernel_shape=[3,2], strides=[2,2], ceil_mode=1>",
+    "MaxPool<kernel_shape=[3,2], strides=[2,3], dilations=[2,1], pads=[1,0,1,1]>",
+    "AveragePool<kernel_shape=[3,2], strides=[2,2], pads=[1,1,0,0]>",
+    "AveragePool<kernel_shape=[3,2], strides=[2,2], pads=[1,1,0,0], count_include_pad=1>",
+    "AveragePool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1, count_include_pad=1, pads=[1,1,1,1]>",
+    "LpPool<kernel_shape=[3,3], p=2>",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "GlobalLpPool<p=1>",
+]
+
+
+@pytest.mark.parametrize("op", POOLS)
+def test_pooling(op):
+    check(f"g (float[1,5,13,14] x) => (float[a,b,c,d] y) {{ y = {op}(x) }}")
