@@ -64,7 +64,8 @@ def _parse_spec(part: str, text: str) -> Spec:
     if not brace:
         return Spec(name)
     if not rest.endswith("}"):
-        raise OptionError(f"{part!r}: {rest.rpartition('}')[2]!r} follows the closing brace; separate entries by commas")
+        after = rest.rpartition("}")[2]
+        raise OptionError(f"{part!r}: {after!r} follows the closing brace; separate entries by commas")
     options: dict[str, str] = {}
     for word in rest[:-1].split():
         key, equals, value = word.partition("=")

@@ -162,9 +162,7 @@ def _loaded(request: Request, stages: _Stages) -> tuple[Request, onnx_ir.Model]:
     return dataclasses.replace(request, model=model, data=data), reference
 
 
-def _compress(
-    request: Request, reference: onnx_ir.Model, stages: _Stages, store: Store, dump: Path | None
-) -> Outcome:
+def _compress(request: Request, reference: onnx_ir.Model, stages: _Stages, store: Store, dump: Path | None) -> Outcome:
     model, data = request.model, request.data
     assert isinstance(model, onnx_ir.Model)
     assert not isinstance(data, str | os.PathLike)
