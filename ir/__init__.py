@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_weight
+    from mc_opt.ir.run.drift import Drift, Verdict, judge
     from mc_opt.ir.run.interp import interpret
-    from mc_opt.ir.run.ort import Drift, Session, Verdict, compare, exactness, judge, noise, run_data
+    from mc_opt.ir.run.module import names, run_module, state_to_model
+    from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
     from mc_opt.ir.sites import Skip, WeightSite, layer_of, matches, weight_sites
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
@@ -90,12 +92,15 @@ _EXPORTS = {
     "replace_weight": "rewrite",
     "weight_sites": "sites",
     "interpret": "run.interp",
-    "Drift": "run.ort",
+    "names": "run.module",
+    "run_module": "run.module",
+    "state_to_model": "run.module",
+    "Drift": "run.drift",
     "Session": "run.ort",
-    "Verdict": "run.ort",
+    "Verdict": "run.drift",
     "compare": "run.ort",
     "exactness": "run.ort",
-    "judge": "run.ort",
+    "judge": "run.drift",
     "noise": "run.ort",
     "run_data": "run.ort",
     "digest": "text",
