@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from mc_opt.targets._relax.emitter import Emitter, Layout
 
 # Reads one element of an operand at a logical index, in ONNX's order of axes.
 Reader = Callable[..., Any]
+
+# TVM's kInjective: fused with what comes after it, never into a convolution before it.
+_INJECTIVE = 2
 
 
 def held(e: Emitter, value: onnx_ir.Value) -> tuple[relax.Expr, Layout]:
@@ -38,6 +42,7 @@ def mapped(
     *,
     name: str,
     layout: Layout = "plain",
+    widens: bool = False,
 ) -> None:
     """Emit `output[i] = element(readers, i)` with `i` logical, stored in `layout`.
 
@@ -49,6 +54,7 @@ def mapped(
         element: from the list of readers and the logical index to the element's expression.
         name: the kernel's name.
         layout: how the output is stored.
+        widens: an operand that another kernel computes is smaller than the output, and must stay apart from it.
     """
 
     def fn(*tensors: te.Tensor) -> te.Tensor:
@@ -58,7 +64,11 @@ def mapped(
         stored = (shape[0], *shape[2:], shape[1])
         return te.compute(stored, lambda *i: element(readers, (i[0], i[-1], *i[1:-1])), name=name)
 
-    e.set(output, e.te(fn, *[expr for expr, _ in operands], name=name), layout)
+    # A convolution that computes a gate [1, C, 1, 1] has a tile of its own size: were this kernel fused into it,
+    # the whole image would be written out, unrolled, beside that tile.
+    attributes = {"op_pattern": _INJECTIVE} if widens else None
+    args = [expr for expr, _ in operands]
+    e.set(output, e.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=attributes), layout)
 
 
 def elementwise(
@@ -92,6 +102,7 @@ def elementwise(
             continue
         access.append(_access(len(operands), e.shape(value), shape))
         operands.append(_operand(e, value, shape, layout))
+    computed = [v for v in values if e.constant(v) is None]
     mapped(
         e,
         output,
@@ -100,6 +111,7 @@ def elementwise(
         lambda readers, i: fn(*(a(readers, i) for a in access)),
         name=name,
         layout=layout,
+        widens=any(math.prod(e.shape(v)) < math.prod(shape) for v in computed),
     )
 
 

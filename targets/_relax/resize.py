@@ -119,9 +119,9 @@ def _rounded(e: Emitter, node: onnx_ir.Node, at: np.ndarray) -> np.ndarray:
     at = at.astype(np.float32)
     match e.attribute(node, "nearest_mode", "round_prefer_floor"):
         case "floor":
-            return np.floor(at)
+            return np.asarray(np.floor(at))
         case "ceil":
-            return np.ceil(at)
+            return np.asarray(np.ceil(at))
         case "round_prefer_ceil":
             return np.asarray(np.floor(at + np.float32(0.5)))
         case _:

@@ -48,10 +48,8 @@ def _typed(kind: str, k: int) -> str:
 
 
 def test_functions_of_one_element(tmp_path: Path) -> None:
-    names = (
-        "Abs Neg Ceil Floor Round Reciprocal Exp Sin Cos Erf Sigmoid Tanh Softplus Elu Selu LeakyRelu HardSigmoid"
-        " HardSwish Gelu Relu Sign Identity"
-    ).split()
+    names = ["Abs", "Neg", "Ceil", "Floor", "Round", "Reciprocal", "Exp", "Sin", "Cos", "Erf", "Sigmoid", "Tanh"]
+    names += ["Softplus", "Elu", "Selu", "LeakyRelu", "HardSigmoid", "HardSwish", "Gelu", "Relu", "Sign", "Identity"]
     shape = "[2,3,5,7]"
     lines = [(f"float{shape}", f"{name}(x)") for name in names]
     lines += [
@@ -68,21 +66,20 @@ def test_functions_of_one_element(tmp_path: Path) -> None:
 
 def test_functions_of_several_elements(tmp_path: Path) -> None:
     shape = "[2,3,4]"
-    lines = [(f"float{shape}", f"{n}(p, q)") for n in "Add Sub Mul Div Pow Max Min PRelu Sum Mean".split()]
-    lines += [(f"bool{shape}", f"{n}(p, q)") for n in "Equal Greater GreaterOrEqual Less LessOrEqual".split()]
-    lines += [(f"int64{shape}", f"{n}(a, b)") for n in "Add Sub Mul Div Mod Max Min".split()]
+    arithmetic = ["Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "PRelu", "Sum", "Mean"]
+    lines = [(f"float{shape}", f"{n}(p, q)") for n in arithmetic]
+    lines += [(f"bool{shape}", f"{n}(p, q)") for n in ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]]
+    lines += [(f"int64{shape}", f"{n}(a, b)") for n in ["Add", "Sub", "Mul", "Div", "Mod", "Max", "Min"]]
     lines += [(f"int64{shape}", "Mod<fmod=1>(a, b)"), (f"float{shape}", "Mod<fmod=1>(p, q)")]
-    lines += [(f"bool{shape}", f"{n}(m, n)") for n in "And Or Xor Equal".split()] + [(f"bool{shape}", "Not(m)")]
+    lines += [(f"bool{shape}", f"{n}(m, n)") for n in ["And", "Or", "Xor", "Equal"]] + [(f"bool{shape}", "Not(m)")]
     lines += [(f"float{shape}", "Where(m, p, q)"), (f"float{shape}", "Pow(p, two)"), (f"float{shape}", "Pow(p, half)")]
     lines += [(f"float{shape}", "Clip(p, half, two)"), (f"float{shape}", "Clip(p, , two)")]
     lines += [(f"{kind}{shape}", f"Cast<to={code}>(p)") for kind, code in (("int64", 7), ("int32", 6), ("uint8", 2))]
     lines += [(f"float{shape}", "Cast<to=1>(a)"), (f"float{shape}", "Cast<to=1>(m)"), (f"bool{shape}", "Cast<to=9>(a)")]
     lines += [(f"float{shape}", "CastLike(a, p)"), (f"float{shape}", "Dropout(p)")]
     lines += [(f"uint8{shape}", f'BitShift<direction="{d}">(u, v)') for d in ("LEFT", "RIGHT")]
-    inputs = ", ".join(
-        [f"float{shape} p", "float[3,1] q", f"int64{shape} a", f"int64{shape} b"]
-        + [f"uint8{shape} u", f"uint8{shape} v", f"bool{shape} m", f"bool{shape} n"]
-    )
+    inputs = f"float{shape} p, float[3,1] q, int64{shape} a, int64{shape} b"
+    inputs += f", uint8{shape} u, uint8{shape} v, bool{shape} m, bool{shape} n"
     full = (2, 3, 4)
     divisor = RNG.integers(-4, 4, full)
     feeds = {
