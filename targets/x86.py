@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 import onnx_ir
 
 import mc_opt
-from mc_opt.targets import _c_source, _machine, _manifest, _process
+from mc_opt.targets import _c_source, _installed, _machine, _manifest, _process
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._manifest import Port
@@ -30,8 +29,9 @@ class X86(Target):
     """
 
     name: ClassVar[str] = "x86"
-    # Nanoseconds a unit on one core; benchmarks/price.py measured them on an Intel Xeon with AVX-512.
-    price: ClassVar[Price] = Price(mul=0.0125, add=0.0, shift=0.02, xnor=0.002, lookup=0.03, bytes=0.06)
+    # Nanoseconds a unit on one core: benchmarks/price.py on an Intel Xeon (sapphirerapids, AVX-512). A fused
+    # multiply-add is one product and one sum, half of its 0.0108 each; it is taken off shift's and lookup's loops.
+    price: ClassVar[Price] = Price(mul=0.0054, add=0.0054, shift=0.019, xnor=0.0008, lookup=0.031, bytes=0.05)
 
     cpu: Literal["native", "x86-64-v3", "x86-64-v4"] = "native"
     threads: int = 1
@@ -63,12 +63,13 @@ class X86(Target):
         return f"x86{{cpu={machine.cpu} features={features} threads={self.threads} form={self.form}{prefix}}}"
 
     def check(self, model: onnx_ir.Model) -> None:
-        """Refuse symbolic shapes and inputs of unknown types.
+        """Refuse symbolic shapes and inputs of unknown types, and a machine without TVM.
 
         Raises:
-            TargetError: naming the input, and what to do.
+            TargetError: naming the input or the package, and what to do.
         """
         check(model, self.name)
+        _installed.check_compiler()
 
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
         """Build the artefact into `folder`, which exists and is empty."""
@@ -84,7 +85,7 @@ class X86(Target):
         manifest = _manifest.Manifest(
             schema_version=_manifest.SCHEMA_VERSION,
             mc_opt=mc_opt.__version__,
-            tvm=importlib.metadata.version("apache-tvm"),
+            tvm=_installed.tvm_version(),
             target=self.resolved(),
             kind=self.name,
             form=self.form,

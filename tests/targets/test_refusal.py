@@ -1,0 +1,48 @@
+"""What x86 refuses: by name, before a build starts where that is possible, always with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mc_opt import targets
+from tests._harness import model
+
+pytestmark = [pytest.mark.tvm, pytest.mark.zig]
+
+HEADER = '<ir_version: 10, opset_import: ["": 21]>'
+
+
+def test_a_symbolic_shape_ends_with_the_option_to_paste() -> None:
+    symbolic = model(f"{HEADER} g (float[n,3] x) => (float[n,3] y) {{ y = Relu(x) }}")
+    with pytest.raises(targets.TargetError, match=r"input 'x' has the symbolic shape nx3.*--shape x=1x3$"):
+        targets.parse_target("x86").check(symbolic)
+
+
+def test_control_flow_names_the_node_and_the_pass(tmp_path: Path) -> None:
+    text = f"""{HEADER} g (bool c, float[3] x) => (float[3] y) {{
+        y = If (c) <then_branch = a () => (float[3] p) {{ p = Relu(x) }},
+                    else_branch = b () => (float[3] q) {{ q = Neg(x) }}>
+    }}"""
+    with pytest.raises(targets.TargetError, match=r"If .*specialize\{input=value\},fold-constants"):
+        targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
+
+
+def test_an_op_without_a_kernel_is_named(tmp_path: Path) -> None:
+    text = f"{HEADER} g (float[3,3] x) => (float y) {{ y = Det(x) }}"
+    with pytest.raises(targets.TargetError, match="x86 has no kernel for Det; build --target onnx"):
+        targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shape_computed_at_run_time_is_named(tmp_path: Path) -> None:
+    text = f"{HEADER} g (float[6] x, int64[2] s) => (float[2,3] y) {{ y = Reshape(x, s) }}"
+    with pytest.raises(targets.TargetError, match=r"the new shape 's' is computed at run time"):
+        targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
+
+
+def test_the_build_s_target_is_spelled_out() -> None:
+    text = targets.parse_target("x86{cpu=x86-64-v3}").resolved()
+    assert text.startswith("x86{cpu=x86-64-v3 features=+avx,+avx2,")
+    assert "cpu=native" not in targets.parse_target("x86").resolved()
