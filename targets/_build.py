@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +20,13 @@ from tvm import relax
 
 import mc_opt
 from mc_opt import ir
+from mc_opt.targets import _zig
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _schedule
 
 _STEPS = 4
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Reporter:
@@ -59,17 +63,24 @@ def serve() -> None:
         answer = _build(
             request["model"], Path(request["folder"]), machine, request["form"], request["prefix"], reporter
         )
-    except MemoryError:
-        answer = {"kind": "LimitError", "error": "the build ran out of memory; build on a machine with more"}
-    except ir.IRError as error:
-        answer = {"kind": type(error).__name__, "error": str(error)}
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        answer = {"kind": "TargetError", "error": f"{Path(error.cmd[0]).name} failed: {said[0]}"}
-    except Exception as error:  # a mistake of ours or of TVM's: still one line, and the process ends in order
-        said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
-        answer = {"kind": "TargetError", "error": f"the build failed: {type(error).__name__}: {said[-1]}; report this"}
+    except Exception as error:
+        answer = _answer(error)
     reporter.send(answer)
+
+
+def _answer(error: Exception) -> dict[str, Any]:
+    """What the parent is told of an error: its kind, one line, and the traceback of a mistake of ours or of TVM's."""
+    match error:
+        case MemoryError():
+            kind, text = "LimitError", "the build ran out of memory; build on a machine with more"
+        case OSError() if error.errno in _DISK_FULL:
+            kind, text = "LimitError", f"the build: {error.strerror}; free some space, or write to another disk"
+        case ir.IRError():
+            kind, text = type(error).__name__, str(error)
+        case _:
+            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            kind, text = "", f"{type(error).__name__}: {said[-1]}" if said else type(error).__name__
+    return {"kind": kind, "error": text, "traceback": "".join(traceback.format_exception(error))}
 
 
 def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, reporter: Reporter) -> dict[str, Any]:
@@ -156,9 +167,7 @@ def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, rep
         work = folder / "objects"
         work.mkdir()
         executable.export_library(str(folder / "model.so"), fcompile=_linker(), workspace_dir=str(work))
-        for file in work.iterdir():
-            file.unlink()
-        work.rmdir()
+        shutil.rmtree(work)
 
 
 def _write_static(
@@ -182,7 +191,7 @@ def _linker() -> Callable[..., None]:
     """Links objects with the linker of the `ziglang` package: no compiler on the system is needed."""
 
     def link(output: str, objects: Sequence[str], **_options: Any) -> None:
-        command = [sys.executable, "-P", "-m", "ziglang", "ld.lld", "-shared", "--build-id=none", "--strip-all"]
-        subprocess.run([*command, "-o", output, *objects], check=True, capture_output=True)
+        words = ("-shared", "--build-id=none", "--strip-all", "-o", output, *objects)
+        _zig.run("ld.lld", *words, cache=Path(output).parent / "objects" / "cache")
 
     return link

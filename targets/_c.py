@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import importlib.util
 import math
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +18,7 @@ import tvm
 from tvm import relax, tirx
 
 from mc_opt import ir
-from mc_opt.targets import _c_source, _elf, _plan
+from mc_opt.targets import _c_source, _elf, _plan, _zig
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._c_source import CONSTANTS, PORTS, WORKSPACE, Argument, Call, Identity, Program
 from mc_opt.targets._manifest import Port
@@ -84,12 +82,8 @@ def print_c(
         step: announces a step and takes its time.
 
     Raises:
-        TargetError: main holds something that has no static form, or a tool is missing.
+        TargetError: main holds something that has no static form.
     """
-    if importlib.util.find_spec("ziglang") is None:
-        raise TargetError(
-            "form=static: the C compiler is missing; pip install 'mc-opt[tvm]' brings the package ziglang"
-        )
     module = relax.transform.RewriteDataflowReshape()(module)
     reader = _Reader(module)
     program = reader.program(names)
@@ -309,25 +303,15 @@ def _link(program: Program, identity: Identity, constants: Sequence[np.ndarray],
         files.append(f"{k}.bin")
     ir.write_text(work / "constants.s", _c_source.constants(prefix, files))
     ir.write_text(work / "discard.ld", _LINKER_SCRIPT)
-    _zig(work, "cc", *_CFLAGS, "-c", "glue.c", "-o", "glue.o")
-    _zig(work, "cc", "-target", "x86_64-linux-gnu", "-c", "constants.s", "-o", "constants.o")
-    _zig(work, "ld.lld", "-r", "-T", "discard.ld", "-o", f"{prefix}.o", "kernels.o", "glue.o", "constants.o")
+    zig = functools.partial(_zig.run, cache=work / "cache", folder=work)
+    zig("cc", *_CFLAGS, "-c", "glue.c", "-o", "glue.o")
+    zig("cc", "-target", "x86_64-linux-gnu", "-c", "constants.s", "-o", "constants.o")
+    zig("ld.lld", "-r", "-T", "discard.ld", "-o", f"{prefix}.o", "kernels.o", "glue.o", "constants.o")
     linked = _elf.Object(work / f"{prefix}.o")
     linked.localise(_c_source.symbols(prefix))
     needed = sorted(linked.undefined())
     foreign = [n for n in needed if n not in _LIBC | _LIBM]
     if foreign:
         raise TargetError(f"form=static: kernels call {', '.join(foreign)}, which no C library has; build with form=vm")
-    _zig(work, "ar", "rcsD", "model.a", f"{prefix}.o")
+    zig("ar", "rcsD", "model.a", f"{prefix}.o")
     return needed
-
-
-def _zig(work: Path, *words: str) -> None:
-    # The caches go with the folder: the home folder may be read-only, and nothing is left behind.
-    command = ["env", f"ZIG_GLOBAL_CACHE_DIR={work}/cache", f"ZIG_LOCAL_CACHE_DIR={work}/cache", sys.executable, "-P"]
-    done = subprocess.run(
-        [*command, "-m", "ziglang", *words], cwd=work, capture_output=True, text=True, errors="replace"
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["nothing"]
-        raise TargetError(f"form=static: zig {words[0]} failed: {said[0].strip()}; build with form=vm, and report this")

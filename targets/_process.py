@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,12 @@ from mc_opt.targets._machine import Machine
 _CHILD = "from mc_opt.targets import _build; _build.serve()"
 _ERRORS = {"TargetError": TargetError, "IRError": ir.IRError, "DataError": ir.DataError, "LimitError": LimitError}
 _KILLED = -9
+_OUT_OF_MEMORY = "the build ran out of memory; build on a machine with more, or for --target onnx alone"
+_NO_MEMORY = re.compile(r"out of memory|bad_alloc|cannot allocate memory", re.IGNORECASE)
+
+
+class BuildError(RuntimeError):
+    """The build met a mistake of ours or of TVM's: nothing that the caller could mend."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,8 @@ def build(
 
     Raises:
         TargetError: the model cannot be built; the text is the child's.
-        LimitError: the child was killed, which is what the system does when memory is out.
+        LimitError: memory or disk is full; the system kills a process when memory is out.
+        BuildError: the build itself failed; its note is the child's traceback.
     """
     with tempfile.TemporaryDirectory(prefix="mc-opt-build-") as place:
         path = Path(place) / "model.onnx"
@@ -59,20 +68,38 @@ def _run(request: Request, progress: Progress) -> dict[str, Any]:
     with tempfile.TemporaryFile() as words, os.fdopen(read_end) as lines:
         # -P: a folder named `ir` where the caller happens to stand must not be imported.
         command = [sys.executable, "-P", "-c", _CHILD, str(write_end), json.dumps(dataclasses.asdict(request))]
+        # A session of its own: what the child starts (the linker, the C compiler) ends with it.
         with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, pass_fds=[write_end]
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+            pass_fds=[write_end],
+            start_new_session=True,
         ) as child:
             os.close(write_end)
             try:
                 answer = _listen(lines, progress)
                 code = child.wait()
-            finally:
-                child.kill()
+            except BaseException:  # Ctrl-C, or whatever watches the progress failed
+                os.killpg(child.pid, signal.SIGKILL)
+                raise
         if answer is None:
             raise _crash(code, words)
     if "error" in answer:
-        raise _ERRORS.get(answer["kind"], TargetError)(answer["error"])
+        raise _failure(answer)
     return answer
+
+
+def _failure(answer: dict[str, Any]) -> Exception:
+    """The child's error as one of ours: its own kind, or a BuildError that keeps the child's traceback."""
+    if answer["kind"] in _ERRORS:
+        return _ERRORS[answer["kind"]](answer["error"])
+    if _NO_MEMORY.search(answer["error"]):
+        return LimitError(_OUT_OF_MEMORY)
+    error = BuildError(f"the build failed: {answer['error']}")
+    error.add_note(answer["traceback"])
+    return error
 
 
 def _listen(lines: Iterator[str], progress: Progress) -> dict[str, Any] | None:
@@ -88,9 +115,13 @@ def _listen(lines: Iterator[str], progress: Progress) -> dict[str, Any] | None:
 
 
 def _crash(code: int, words: IO[bytes]) -> Exception:
+    """A child that ended without an answer."""
     words.seek(0)
-    said = [line for line in words.read().decode(errors="replace").splitlines() if line.strip()]
-    if code == _KILLED:
-        return LimitError("the build's process was killed: memory ran out; build on a machine with more")
+    text = words.read().decode(errors="replace")
+    said = [line for line in text.splitlines() if line.strip()]
     last = said[-1].strip() if said else "it said nothing"
-    return TargetError(f"the build's process ended with code {code}: {last}; build --target onnx, and report this")
+    if code == _KILLED or _NO_MEMORY.search(last):
+        return LimitError(_OUT_OF_MEMORY)
+    error = BuildError(f"the build's process ended with code {code}: {last}")
+    error.add_note(text)
+    return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-from mc_opt.ir import shape_advice
+from mc_opt.ir import shape_advice, type_text
 from mc_opt.targets._base import TargetError
 
 _FLOATS = ("bool", "float16", "float32", "float64")
@@ -39,10 +39,9 @@ def _attributes(node: onnx_ir.Node) -> list[onnx_ir.Attr]:
 
 def _check_input(model: onnx_ir.Model, value: onnx_ir.Value, target: str) -> None:
     if value.shape is None or not all(isinstance(d, int) for d in value.shape):
-        shape = "unknown" if value.shape is None else "x".join(str(d) for d in value.shape)
         raise TargetError(
-            f"{target}: input {value.name!r} has the symbolic shape {shape}, and kernels are built for one shape;"
-            f" add for example {shape_advice(model)}"
+            f"{target}: input {value.name!r} has the symbolic shape {type_text(value)}, and kernels are built for one"
+            f" shape; add for example {shape_advice(model)}"
         )
     kind = "unknown" if value.dtype is None else str(np.dtype(value.dtype.numpy()))
     if kind not in _TYPES:

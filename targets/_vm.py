@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mc_opt.ir import DataError, IRError
-from mc_opt.targets import _machine, _manifest
+from mc_opt.targets import _installed, _machine, _manifest
 from mc_opt.targets._manifest import Manifest, Port
 
 
@@ -143,7 +142,7 @@ def _load(folder: Path) -> Artefact:
     reason = unfit(manifest)
     if reason is not None:
         raise IRError(f"{folder}: cannot run here: {reason}")
-    here = importlib.metadata.version("apache-tvm")
+    here = _installed.tvm_version()
     if manifest.tvm != here:
         raise IRError(
             f"{folder}: built with TVM {manifest.tvm}, this is {here}; build it again, or install that version"
