@@ -77,7 +77,6 @@ def run(
     for number, step in enumerate(steps):
         ctx.progress(number, len(steps), step.rewrite.name)
         state.take(step)
-    ctx.progress(len(steps), len(steps), "passes done")
     if dump and not steps:
         Dump(dump).write("input", model)
     return Result(state.model, state.report(model, Pipeline(steps)), tuple(timing.seconds))
@@ -170,7 +169,7 @@ class _Run:
         try:
             for instrument in reversed(self.instruments):  # the clock is the first: it starts last and stops first
                 instrument.before(bound, self.model)
-            rewrites = _rewrite(bound, new, dataclasses.replace(self.ctx, log=log), before)
+            rewrites = _rewrite(bound, new, _own(self.ctx, bound.name, log), before)
             if rewrites:
                 _hold(bound, self.model, new, before, self.ctx.check)
             else:
@@ -233,6 +232,14 @@ class _Run:
             checks=tuple(self.checks),
             unchecked=tuple(self.unchecked),
         )
+
+
+def _own(ctx: Context, name: str, log: Log) -> Context:
+    """The context of one pass: a log of its own, and progress that names the pass."""
+    told = ctx.on_progress
+    if told is None:
+        return dataclasses.replace(ctx, log=log)
+    return dataclasses.replace(ctx, log=log, on_progress=lambda done, total, what: told(done, total, f"{name}: {what}"))
 
 
 def _rewrite(step: Pass, model: onnx_ir.Model, ctx: Context, before: tuple[str, ...]) -> int:

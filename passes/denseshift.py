@@ -60,7 +60,6 @@ class DenseShift(Pass):
             chosen = self.at(site.layer)
             chosen._rewrite(site, _codebook(model, chosen.bits, site.tensor.dtype), ctx)
         if sites:
-            ctx.progress(len(sites), len(sites), "")
             ir.add_functions(model)
         return len(sites)
 

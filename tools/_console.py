@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_SILENCE = 1.0
+_PAUSE = 5.0
+
 
 def common_options(command: Command) -> Command:
     """Add the options that every verb has: --json and --traceback."""
@@ -66,17 +69,18 @@ def size_text(count: float) -> str:
 
 
 class Progress:
-    """Progress on stderr: a bar with the time left on a terminal, otherwise a plain line for each new step.
+    """Progress on stderr: a bar with the time left on a terminal, otherwise now and then a plain line.
 
-    An instance is called as `progress(done, total, what)`. Plain lines start after a second, so that a run that
-    fails at once prints its error alone.
+    An instance is called as `progress(done, total, what)`, where `what` is a step, or `step: a part of it`. Plain
+    lines start after a second, so that a run that fails at once prints its error alone; every step that begins has
+    one, a step that goes on another every five seconds.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._terminal = sys.stderr.isatty() and not quiet
-        self._what = ""
-        self._started = time.monotonic()
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._terminal = sys.stderr.isatty()
+        self._step = ""
+        self._started = self._step_started = self._told = clock()
         self._bar: Any = None
         self._task: TaskID | None = None
 
@@ -97,14 +101,27 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        step = what.partition(":")[0]
+        step = what.partition(": ")[0]
+        begins, self._step = step != self._step, step
         if self._bar is not None:
-            if step != self._what or self._task is None:
+            if begins or self._task is None:
                 if self._task is not None:
                     self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(what, total=total or None)
-            self._bar.update(self._task, completed=done, total=total or None, description=what)
-            self._what = step
-        elif step != self._what and (passed := time.monotonic() - self._started) >= 1 and not self._quiet:
-            click.echo(f"[{passed:6.1f} s] {step}", err=True)
-            self._what = step
+                self._task = self._bar.add_task("", total=total or None)
+            # Names of layers may hold brackets, which rich would take for markup.
+            self._bar.update(self._task, completed=done, total=total or None, description=what.replace("[", "\\["))
+            return
+        now = self._clock()
+        if begins:
+            self._step_started = now
+        if now - self._started < _SILENCE or (not begins and now - self._told < _PAUSE):
+            return
+        self._told = now
+        click.echo(f"[{now - self._started:6.1f} s] {what if begins else self._line(done, total, what, now)}", err=True)
+
+    def _line(self, done: int, total: int, what: str, now: float) -> str:
+        """A step that goes on: how far it is, and the time left at its pace so far."""
+        if not 0 < done < total:
+            return what
+        left = (now - self._step_started) * (total - done) / done
+        return f"{what} ({done} of {total}, about {left:.0f} s left)"
