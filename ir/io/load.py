@@ -17,6 +17,7 @@ from mc_opt.ir.io.lift import lift
 from mc_opt.ir.io.read import SOURCE, read_model
 from mc_opt.ir.io.shapes import fix_shapes, infer_shapes
 from mc_opt.ir.io.weightless import graphs
+from mc_opt.ir.op import DOMAIN, VERSION, add_functions
 
 Check = Literal["full", "structure"]
 # Below this many elements a Constant node stays a node: axes and paddings read better in place.
@@ -53,7 +54,7 @@ def load_model(
 
     Initialisers are no longer inputs, Constant tensors of 16 elements and more are initialisers, the opset is
     21 or newer, every node has a name of its own, types and shapes are inferred. External data is memory-mapped.
-    `model.meta["mc_opt.source"]` holds the `Source`.
+    Functions of our own ops are made anew. `model.meta["mc_opt.source"]` holds the `Source`.
 
     Args:
         path: the file.
@@ -80,6 +81,13 @@ def prepare(
     """Bring a model that was read or captured to the form that passes work on; see `load_model`."""
     LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=_LIFTED_SIZE)(model)
     model = lift(model, where)
+    if model.opset_imports.get(DOMAIN) == VERSION:
+        # An op of ours is what its name and the domain's version say. The bodies in the file are how the mc-opt that
+        # wrote it spelled that for ONNX Runtime; another release may spell it better.
+        try:
+            add_functions(model)
+        except IRError as error:
+            raise IRError(f"{where}: {error}") from error
     _name_nodes(model)
     if shapes:
         fix_shapes(model, shapes)

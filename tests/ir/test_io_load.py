@@ -148,6 +148,43 @@ def test_functions_of_a_new_model_stay(tmp_path: Path) -> None:
     assert [str(d) for d in model.graph.outputs[0].shape] == ["3"]
 
 
+def test_our_functions_are_made_anew(tmp_path: Path) -> None:
+    """A file of another release of mc-opt, whose bodies were written differently, is the same model."""
+    text = """<ir_version: 10, opset_import: ["": 21, "mc_opt": 1]> g (float[1,2] x) => (float[1,4] y) {
+        w = Constant <value = float[2,4] {1, 2, 3, 4, 5, 6, 7, 8}> ()
+        y = MatMul (x, w)
+    }"""
+    model = onnx_ir.from_onnx_text(text)
+    lookup = ir.node(
+        "Lookup",
+        [ir.pack_codes(np.zeros((2, 4), np.uint8), 1), np.array([1, 2], np.float32)],
+        {"bits": 1, "shape": (2, 4), "axes": (0,), "group_size": 0},
+        name="decode",
+        output="w",
+    )
+    for index, name in enumerate(("codes", "book")):
+        data = lookup.inputs[index]
+        assert data is not None and data.const_value is not None
+        lookup.replace_input_with(index, ir.initializer(model.graph, name, data.const_value.numpy()))
+    model.graph.insert_before(model.graph[0], lookup)
+    model.graph[2].replace_input_with(1, lookup.outputs[0])
+    model.graph.remove(model.graph[1], safe=True)
+    model.graph[1].outputs[0].dtype = onnx_ir.DataType.FLOAT
+    ir.add_functions(model)
+    ir.verify(model)
+    proto = onnx_ir.to_proto(model)
+    (function,) = proto.functions
+    function.doc_string = "another release"
+    function.overload = proto.graph.node[0].overload = "another name"
+    onnx.save(proto, tmp_path / "other.onnx")
+    loaded = ir.load_model(tmp_path / "other.onnx")
+    ir.verify(loaded)
+    assert list(loaded.functions) == list(model.functions)
+    function.name = proto.graph.node[0].op_type = "Unheard"
+    onnx.save(proto, tmp_path / "other.onnx")
+    assert "mc_opt.Unheard" in refusal(tmp_path / "other.onnx")
+
+
 def test_large_constants_become_weights_and_small_ones_stay(tmp_path: Path) -> None:
     text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[16] x) => (float[16] y, float[3] z) {{
       big = Constant <value = float[16] {{{",".join(["1"] * 16)}}}> ()
