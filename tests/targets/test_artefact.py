@@ -12,7 +12,7 @@ import mc_opt
 from mc_opt import ir
 from tests._harness import model
 
-pytest.importorskip("tvm", reason="needs the extra tvm")
+pytestmark = [pytest.mark.tvm, pytest.mark.zig, pytest.mark.slow, pytest.mark.ci]
 
 CPU = "x86{cpu=x86-64-v3}"
 

@@ -80,6 +80,8 @@ def _is_running(process: int) -> bool:
 
 @pytest.mark.tvm
 @pytest.mark.zig
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_mistake_in_the_build_is_no_fault_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = (
         "from mc_opt.targets import _build\ndef broken(*_, **__): raise KeyError('planted')\n"

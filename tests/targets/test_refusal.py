@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx_ir
 import pytest
 
 from mc_opt import targets
 from tests._harness import model
 
-pytestmark = [pytest.mark.tvm, pytest.mark.zig]
+pytestmark = [pytest.mark.tvm, pytest.mark.zig, pytest.mark.slow, pytest.mark.ci]
 
 HEADER = '<ir_version: 10, opset_import: ["": 21]>'
 
@@ -46,3 +49,20 @@ def test_the_build_s_target_is_spelled_out() -> None:
     text = targets.parse_target("x86{cpu=x86-64-v3}").resolved()
     assert text.startswith("x86{cpu=x86-64-v3 features=+avx,+avx2,")
     assert "cpu=native" not in targets.parse_target("x86").resolved()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("(float[3] x) => (float[3] y, string[1] s) { y = Relu(x) }", r"output 's' is string\[1\]; "),
+        ("(float[3] x) => (seq(float[3]) s) { s = SequenceConstruct(x) }", "output 's' is "),
+        ("(bfloat16[3] x) => (bfloat16[3] y) { y = Relu(x) }", r"input 'x' is bf16\[3\]; expected a tensor of bool, "),
+        ("(float[0,3] x) => (float[0,3] y) { y = Relu(x) }", r"input 'x' is f32\[0,3\] and holds no element"),
+    ],
+)
+def test_types_that_no_kernel_takes_are_named(text: str, message: str, tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(f"{HEADER} g {text}")
+    if "string" in text:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(["a"], object), "s"))
+    with pytest.raises(targets.TargetError, match=message):
+        targets.parse_target("x86").compile(onnx_ir.from_proto(proto), tmp_path, lambda *_: None)

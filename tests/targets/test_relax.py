@@ -13,7 +13,7 @@ from onnx import parser
 
 from mc_opt import targets
 
-pytestmark = [pytest.mark.tvm, pytest.mark.zig]
+pytestmark = [pytest.mark.tvm, pytest.mark.zig, pytest.mark.slow, pytest.mark.ci]
 
 RNG = np.random.default_rng(0)
 
@@ -205,3 +205,25 @@ def test_values_stay_channels_last_between_convolutions(tmp_path: Path) -> None:
     x = RNG.standard_normal((1, 8, 6, 6)).astype(np.float32)
     # Sums of 72 products, added in another order than ONNX Runtime's, times up to 8.
     check(tmp_path, text, {"x": x}, target="x86{cpu=x86-64-v3}", atol=2e-5)
+
+
+def test_functions_in_double_precision(tmp_path: Path) -> None:
+    lines = [(f"double[3,{n}]", f"{name}({x})") for n, x in ((7, "x"), (64, "z")) for name in ("Exp", "Sigmoid")]
+    lines += [("double[3,7]", node) for node in ("Tanh(x)", "Log(p)", "Softmax(x)", "LogSoftmax(x)")]
+    x, z = (RNG.standard_normal((3, n)) * 3 for n in (7, 64))
+    p = np.abs(x) + 1e-300
+    check(tmp_path, graph("double[3,7] x, double[3,64] z, double[3,7] p", lines), {"x": x, "z": z, "p": p}, atol=1e-15)
+
+
+def test_half_precision_is_summed_in_single(tmp_path: Path) -> None:
+    lines = [("float16[2,3]", "MatMul(x, w)"), ("float16[2,1]", "ReduceMean(x, one)")]
+    text = graph("float16[2,2048] x, float16[2048,3] w", lines, "int64[1] one = {1}")
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]>\n{text}')
+    model = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    targets.parse_target("x86").compile(model, tmp_path, lambda *_: None)
+    x, w = (RNG.uniform(0.5, 1, shape).astype(np.float16) for shape in ((2, 2048), (2048, 3)))
+    product, mean = targets.load_artefact(tmp_path).run({"x": x, "w": w}).values()
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    # Half a unit in the last place of float16, 2^-11: one rounding at the end.
+    np.testing.assert_allclose(product, x @ w, rtol=5e-4)
+    np.testing.assert_allclose(mean, x.mean(axis=1, keepdims=True), rtol=5e-4)

@@ -158,6 +158,8 @@ def test_run_a_folder_without_artefact(mc_opt: Run, mlp: Path, out: Path) -> Non
 
 
 @pytest.mark.tvm
+@pytest.mark.slow
+@pytest.mark.ci
 def test_run_an_artefact(mc_opt: Run, mlp: Path, out: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32))
     assert mc_opt(mlp, "--passes", "denseshift", "--target", "x86", "-o", out).code == 0
