@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Unchecked,
         json_text,
     )
+    from mc_opt.passes._size import elements_of, size_of, weights
     from mc_opt.passes._spec import (
         Pipeline,
         Recipe,
@@ -50,6 +51,9 @@ _EXPORTS = {
     "TargetReport": "_report",
     "Unchecked": "_report",
     "json_text": "_report",
+    "elements_of": "_size",
+    "size_of": "_size",
+    "weights": "_size",
     "Pipeline": "_spec",
     "Recipe": "_spec",
     "RecipeError": "_spec",
@@ -83,6 +87,7 @@ __all__ = [
     "TargetReport",
     "Unchecked",
     "dry_run",
+    "elements_of",
     "find_pass",
     "json_text",
     "name_of",
@@ -90,6 +95,8 @@ __all__ = [
     "pass_names",
     "quoting_hint",
     "run",
+    "size_of",
+    "weights",
 ]
 
 

@@ -12,20 +12,38 @@ from mc_opt.passes._report import LayerReport, Size
 
 def size_of(model: onnx_ir.Model) -> Size:
     """Parameters, bytes of all stored constants, and nodes of a model."""
-    parameters = stored = nodes = 0
+    stored_bytes = nodes = 0
+    for graph in model.graphs():
+        stored_bytes += _nbytes(list(graph.initializers.values()))
+        for node in graph:
+            nodes += 1
+            stored_bytes += sum(_tensor_bytes(attribute) for attribute in node.attributes.values())
+    return Size(sum(elements_of(value) for value, _ in weights(model)), stored_bytes, nodes)
+
+
+def weights(model: onnx_ir.Model) -> Iterator[tuple[onnx_ir.Value, list[onnx_ir.Value]]]:
+    """Every floating-point weight, with the constants that hold it: itself, or the parts that our ops decode."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is None:
-                continue
-            stored += tensor.nbytes
-            parameters += tensor.size if tensor.dtype.is_floating_point() else 0
+            if tensor is not None and tensor.dtype.is_floating_point() and not _is_part(value):
+                yield value, [value]
         for node in graph:
-            nodes += 1
-            stored += sum(_tensor_bytes(attribute) for attribute in node.attributes.values())
-            if node.domain == "mc_opt" and node.op_type == "Lookup":
-                parameters += _elements(node.outputs[0])
-    return Size(parameters, stored, nodes)
+            if _decodes(node) and not _is_part(node.outputs[0]) and (parts := stored(node.outputs[0])):
+                yield node.outputs[0], parts
+
+
+def _is_part(value: onnx_ir.Value) -> bool:
+    """Whether nothing but the decoding of a weight uses the value: a codebook, a scale, a term of a sum."""
+    return bool(value.uses()) and all(_decodes(node) for node in value.consumers())
+
+
+def _decodes(node: onnx_ir.Node) -> bool:
+    """Whether a node makes a weight of its parts: an op of ours, or the sum of what such ops make."""
+    if node.op_type != "Add" or node.domain != "":
+        return node.domain == "mc_opt"
+    makers = [value.producer() for value in node.inputs if value is not None]
+    return all(maker is not None and maker.domain == "mc_opt" for maker in makers)
 
 
 def _tensor_bytes(attribute: onnx_ir.Attr) -> int:
@@ -38,7 +56,7 @@ def _tensor_bytes(attribute: onnx_ir.Attr) -> int:
             return 0
 
 
-def _elements(value: onnx_ir.Value) -> int:
+def elements_of(value: onnx_ir.Value) -> int:
     """Elements of a value of static shape, as every weight has one."""
     assert value.shape is not None
     count = 1
@@ -108,7 +126,7 @@ def changed_layers(
             continue
         own = [v for v in now if v not in counted]
         counted.update(own)
-        elements = _elements(after[name])
+        elements = elements_of(after[name])
         bytes_after = _nbytes(own)
         rows.append(
             LayerReport(

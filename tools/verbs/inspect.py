@@ -33,7 +33,10 @@ def command(model: Path, count: int, as_json: bool) -> None:
 
 def describe(path: Path, model: onnx_ir.Model, count: int) -> dict[str, Any]:
     """The facts of a loaded model; `count` of its largest layers."""
+    from mc_opt import passes
+
     source = model.meta["mc_opt.source"]
+    size = passes.size_of(model)
     nodes = [node for graph in model.graphs() for node in graph]
     layers = _layers(model)
     return {
@@ -48,10 +51,8 @@ def describe(path: Path, model: onnx_ir.Model, count: int) -> dict[str, Any]:
         "nodes": len(nodes),
         "ops": dict(Counter(_op_name(node) for node in nodes).most_common()),
         "ours": dict(Counter(node.op_type for node in nodes if node.domain == "mc_opt").most_common()),
-        "parameters": sum(row["elements"] for row in layers),
-        "weight_bytes": sum(
-            v.const_value.nbytes for g in model.graphs() for v in g.initializers.values() if v.const_value is not None
-        ),
+        "parameters": size.parameters,
+        "weight_bytes": size.weight_bytes,
         "largest": sorted(layers, key=lambda row: -row["elements"])[:count],
     }
 
@@ -73,38 +74,24 @@ def _value(value: onnx_ir.Value) -> dict[str, Any]:
 
 
 def _layers(model: onnx_ir.Model) -> list[dict[str, Any]]:
-    """Every floating-point weight, stored as it is or decoded by one of our ops from smaller parts."""
+    """Every floating-point weight, stored as it is or decoded by our ops from smaller parts."""
+    from mc_opt import ir, passes
+
     rows = []
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and tensor.dtype.is_floating_point() and not _is_part(value):
-                rows.append(_row(value, "", int(tensor.size), int(tensor.nbytes)))
-        for node in graph:
-            if node.domain != "mc_opt":
-                continue
-            parts = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
-            if any(v is not None and v.is_initializer() for v in node.inputs) and node.outputs[0].shape is not None:
-                elements = 1
-                for dim in node.outputs[0].shape:
-                    elements *= int(dim) if isinstance(dim, int) else 0
-                stored = sum(int(t.nbytes) for t in parts)
-                rows.append(_row(node.outputs[0], node.op_type, elements, stored))
+    for value, parts in passes.weights(model):
+        elements, maker = passes.elements_of(value), value.producer()
+        stored = sum(int(part.const_value.nbytes) for part in parts if part.const_value is not None)
+        rows.append(
+            {
+                "layer": ir.layer_of(value),
+                "type": ir.type_text(value),
+                "decoded_by": maker.op_type if maker is not None else "",
+                "elements": elements,
+                "bytes": stored,
+                "bits": round(8 * stored / elements, 2) if elements else None,
+            }
+        )
     return rows
-
-
-def _is_part(value: onnx_ir.Value) -> bool:
-    """Whether a constant is a part (codebook, scale) of a weight that one of our ops decodes."""
-    return bool(value.uses()) and all(node.domain == "mc_opt" for node, _ in value.uses())
-
-
-def _row(value: onnx_ir.Value, decoded_by: str, elements: int, stored: int) -> dict[str, Any]:
-    from mc_opt import ir
-
-    layer = value.metadata_props.get("mc_opt.layer", value.name)
-    bits = round(8 * stored / elements, 2) if elements else None
-    kind = ir.type_text(value)
-    return {"layer": layer, "type": kind, "decoded_by": decoded_by, "elements": elements, "bytes": stored, "bits": bits}
 
 
 def _print(facts: dict[str, Any]) -> None:
