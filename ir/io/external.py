@@ -78,12 +78,12 @@ class ExternalFiles:
                 "copy the file beside the model instead of linking it"
             )
         try:
+            # Asked before it is opened: opening a named pipe waits for a writer.
+            if not stat.S_ISREG(real.stat().st_mode):
+                raise IRError(f"{where}: external data {location!r} is not a regular file; expected a data file")
             with open(real, "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise IRError(f"{where}: external data {location!r} is not a regular file; expected a data file")
                 # An empty file cannot be mapped.
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
         except OSError as error:
             raise IRError(f"{where}: external data file {str(path)!r} cannot be read ({error.strerror})") from error
 

@@ -284,6 +284,14 @@ def test_external_data_behind_a_link_is_refused(tmp_path: Path) -> None:
     ir.load_model(path)
 
 
+def test_external_data_in_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    (tmp_path / "m.data").unlink()
+    os.mkfifo(tmp_path / "m.data")
+    with pytest.raises(ir.IRError, match=r"'m\.data' is not a regular file"):
+        ir.load_model(path)
+
+
 def test_external_data_must_be_there_and_long_enough(tmp_path: Path) -> None:
     assert "is missing" in refusal(external(tmp_path, location="none.data"))
     assert "has 100 bytes, expected at least 16384" in refusal(external(tmp_path, written=100))
