@@ -33,7 +33,7 @@ _LANES = (1, 4, 8, 16, 32, 64)
 
 
 def register() -> None:
-    """Make float32 code use our functions; for the whole process, so only a build's own process does it."""
+    """Make code use our functions; for the whole process, so only a build's own process does it."""
     for name in _FUNCTIONS:
         tirx.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_rule(name), level=99)
     compilation_pipeline.PIPELINE_MAP[PIPELINE] = _pipeline
@@ -48,15 +48,55 @@ def _pipeline() -> tuple[Any, ...]:
 
 def _rule(name: str) -> Callable[[Any], Any]:
     def lower(call: Any) -> Any:
-        kind = str(call.ty)
-        scalar, _, lanes = kind.partition("x")
-        if scalar != "float32":
-            return call
-        if int(lanes or 1) not in _LANES:
-            return _FUNCTIONS[name](call.args[0])
-        return tirx.call_pure_extern(kind, _symbol(name, int(lanes or 1)), call.args[0])
+        kind, x = str(call.ty), call.args[0]
+        scalar, cross, lanes = kind.partition("x")
+        match scalar:
+            case "float64":
+                return _DOUBLE[name](x)
+            case "float16":  # of functions' bodies, whose values have no types for half.py to see
+                return tirx.Cast(kind, _single(name, tirx.Cast(f"float32{cross}{lanes}", x), int(lanes or 1)))
+            case _:
+                return _single(name, x, int(lanes or 1))
 
     return lower
+
+
+def _single(name: str, x: Expr, lanes: int) -> Expr:
+    if lanes not in _LANES:
+        return _FUNCTIONS[name](x)
+    return tirx.call_pure_extern(_math.type_of(x), _symbol(name, lanes), x)
+
+
+def _library(name: str) -> Callable[[Expr], Expr]:
+    """The C library's function, one call a lane."""
+    return lambda x: tirx.call_llvm_pure_intrin(_math.type_of(x), f"llvm.{name}", x)
+
+
+def _double_sigmoid(x: Expr) -> Expr:
+    one = _math.constant(1.0, x)
+    return one / (one + _library("exp")(-x))
+
+
+def _double_tanh(x: Expr) -> Expr:
+    one, two = _math.constant(1.0, x), _math.constant(2.0, x)
+    return one - two / (_library("exp")(two * x) + one)
+
+
+def _double_erf(x: Expr) -> Expr:
+    """In single precision: LLVM has no vector form, and the result lies in [-1, 1]."""
+    kind = _math.type_of(x)
+    lanes = int(kind.partition("x")[2] or 1)
+    return tirx.Cast(kind, _single("erf", tirx.Cast(kind.replace("64", "32"), x), lanes))
+
+
+# Models in double precision are rare: right, not fast.
+_DOUBLE: dict[str, Callable[[Expr], Expr]] = {
+    "exp": _library("exp"),
+    "erf": _double_erf,
+    "log": _library("log"),
+    "sigmoid": _double_sigmoid,
+    "tanh": _double_tanh,
+}
 
 
 def _symbol(name: str, lanes: int) -> str:
