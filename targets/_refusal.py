@@ -23,11 +23,13 @@ def check(model: onnx_ir.Model, target: str) -> None:
 
 
 def check_nodes(model: onnx_ir.Model, target: str) -> None:
-    """Refuse control flow that the passes left.
+    """Refuse control flow that the passes left, and outputs of types that no kernel writes.
 
     Raises:
-        TargetError: naming the node, and what to do.
+        TargetError: naming the node or the output, and what to do.
     """
+    for value in model.graph.outputs:
+        _check_type(value, "output", target)
     for node in model.graph:
         if any(a.type in (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS) for a in _attributes(node)):
             raise TargetError(refusal(node, target))
@@ -43,9 +45,27 @@ def _check_input(model: onnx_ir.Model, value: onnx_ir.Value, target: str) -> Non
             f"{target}: input {value.name!r} has the symbolic shape {type_text(value)}, and kernels are built for one"
             f" shape; add for example {shape_advice(model)}"
         )
-    kind = "unknown" if value.dtype is None else str(np.dtype(value.dtype.numpy()))
+    if 0 in value.shape:
+        raise TargetError(
+            f"{target}: input {value.name!r} is {type_text(value)} and holds no element, there is nothing to compute;"
+            " give --shape without zeros"
+        )
+    _check_type(value, "input", target)
+
+
+def _check_type(value: onnx_ir.Value, what: str, target: str) -> None:
+    # Types of inference may be missing on outputs; kernels know theirs.
+    if what == "output" and value.dtype is None:
+        return
+    is_tensor = isinstance(value.type, onnx_ir.TensorType)
+    kind = str(np.dtype(value.dtype.numpy())) if is_tensor and value.dtype is not None else "unknown"
+    if value.dtype == onnx_ir.DataType.STRING:
+        kind = "string"
     if kind not in _TYPES:
-        raise TargetError(f"{target}: input {value.name!r} is {kind}; expected one of {', '.join(_TYPES)}")
+        raise TargetError(
+            f"{target}: {what} {value.name!r} is {type_text(value)}; expected a tensor of {', '.join(_TYPES)};"
+            " build --target onnx, which keeps every type"
+        )
 
 
 def refusal(node: onnx_ir.Node, target: str) -> str:

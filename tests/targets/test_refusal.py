@@ -54,7 +54,7 @@ def test_the_build_s_target_is_spelled_out() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("(float[3] x) => (float[3] y, string[1] s) { y = Relu(x) }", r"output 's' is string\[1\]; "),
+        ("(float[3] x) => (float[3] y, string[1] s) { y = Relu(x) }", r"output 's' is s\[1\]; "),
         ("(float[3] x) => (seq(float[3]) s) { s = SequenceConstruct(x) }", "output 's' is "),
         ("(bfloat16[3] x) => (bfloat16[3] y) { y = Relu(x) }", r"input 'x' is bf16\[3\]; expected a tensor of bool, "),
         ("(float[0,3] x) => (float[0,3] y) { y = Relu(x) }", r"input 'x' is f32\[0,3\] and holds no element"),
