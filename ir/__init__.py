@@ -30,7 +30,19 @@ if TYPE_CHECKING:
     from mc_opt.ir.sites import Skip, WeightSite, layer_of, matches, weight_sites
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
-    from mc_opt.ir.views import cycles, downstream, find_cycle, graph_of, longest_path, path_between, upstream
+    from mc_opt.ir.views import (
+        after,
+        before,
+        cycles,
+        downstream,
+        find_cycle,
+        graph_of,
+        label,
+        longest_path,
+        path_between,
+        upstream,
+        users,
+    )
 
 # A module must not carry the name of something exported here: importing it would put the module in the
 # export's place (hence verifier.verify).
@@ -108,13 +120,17 @@ _EXPORTS = {
     "to_text": "text",
     "type_text": "text",
     "verify": "verifier",
+    "after": "views",
+    "before": "views",
     "cycles": "views",
     "downstream": "views",
     "find_cycle": "views",
     "graph_of": "views",
+    "label": "views",
     "longest_path": "views",
     "path_between": "views",
     "upstream": "views",
+    "users": "views",
 }
 
 __all__ = [*_EXPORTS]

@@ -13,6 +13,8 @@ from mc_opt.ir.errors import OptionError
 
 T = TypeVar("T")
 
+_LISTED = 30  # names of passes, options and targets are fewer; layers and inputs may be thousands
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -173,4 +175,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(names[:_LISTED])}{more})"

@@ -7,7 +7,7 @@ for every value that one takes from another. What a subgraph computes flows into
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import networkx as nx
 import onnx_ir
@@ -126,11 +126,29 @@ def longest_path(view: nx.DiGraph) -> tuple[str, ...]:
     return tuple(cast("list[str]", nx.dag_longest_path(view, weight=None, default_weight=1)))
 
 
-def consumers_of(view: nx.DiGraph, name: str) -> tuple[tuple[str, str], ...]:
-    """(value, node) for every value of `name` that a node takes."""
-    _known(view, [name])
-    edges: Any = view.out_edges(name, data="values")
-    return tuple((value, target) for _, target, values in edges for value in values)
+def users(view: nx.DiGraph) -> dict[str, tuple[str, ...]]:
+    """The nodes that take each value, weights included: value name to node names in the model's order."""
+    found: dict[str, dict[str, None]] = {}
+    for title, node in view.nodes(data="node"):
+        for value in node.inputs:
+            if value is not None and value.name:
+                found.setdefault(value.name, {})[title] = None
+    return {name: tuple(titles) for name, titles in found.items()}
+
+
+def before(view: nx.DiGraph, names: Iterable[str]) -> tuple[str, ...]:
+    """The nodes that these take values from."""
+    return tuple(dict.fromkeys(source for name in names for source in view.predecessors(name)))
+
+
+def after(view: nx.DiGraph, names: Iterable[str]) -> tuple[str, ...]:
+    """The nodes that take values from these."""
+    return tuple(dict.fromkeys(target for name in names for target in view.successors(name)))
+
+
+def label(view: nx.DiGraph, name: str) -> str:
+    """A node for people: its op type and its name."""
+    return f"{view.nodes[name]['op_type']} {name}"
 
 
 def _known(view: nx.DiGraph, names: Iterable[str]) -> None:

@@ -29,7 +29,7 @@ class Folding:
     Attributes:
         model: edited in place.
         ctx: of the pass.
-        limit: bytes; a fold that reads and makes more is left alone, with a note.
+        limit: bytes; a fold that reads and makes more is left alone, with the reason.
         declines: of the pass, by the name of the value.
         left: what the last sweep left alone, and why.
     """
@@ -48,7 +48,7 @@ class Folding:
             ir.infer_shapes(self.model)
             self.left.clear()
         for name, reason in self.left.items():
-            self.ctx.note(name, reason)
+            self.ctx.skip(name, ir.Skip(reason))
         return total
 
     def _sweep(self, graph: onnx_ir.Graph) -> int:

@@ -20,7 +20,7 @@ from mc_opt.passes._fold import Folding
 class FoldConstants(Pass):
     """Fold what is constant, and remove what nothing uses.
 
-    limit: MiB that one fold may read and make; a larger one is left alone, with a note.
+    limit: MiB that one fold may read and make; a larger one is left alone, with the reason.
     """
 
     family: ClassVar[str] = "exact"

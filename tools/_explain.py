@@ -27,10 +27,12 @@ class Explanation:
 
     Attributes:
         layer: the layer's name.
-        weight: the type of its weight, as `f32[64, 3, 7, 7]`.
+        weight: the type of its weight, as `f32[64,3,7,7]`.
         consumers: the nodes that use the weight: `op type node name`.
         feeds: nodes right before these.
         fed: nodes right after these.
+        upstream: how many nodes these depend on.
+        downstream: how many nodes depend on these.
         findings: one a pass.
     """
 
@@ -39,6 +41,8 @@ class Explanation:
     consumers: tuple[str, ...]
     feeds: tuple[str, ...]
     fed: tuple[str, ...]
+    upstream: int
+    downstream: int
     findings: tuple[Finding, ...]
 
 
@@ -62,8 +66,7 @@ def explain(
     Raises:
         OptionError: when the model has no such layer.
     """
-    found = _layers(model)
-    name = _resolve(model, layer, found)
+    name, value = _resolve(model, layer, _layers(model))
     ctx = ctx or Context()
     if report is not None:
         findings = tuple(_finding(report, i, name) for i in range(len(report.passes)))
@@ -72,31 +75,34 @@ def explain(
         findings = tuple(_finding(made, i, name) for i in range(len(made.passes)))
     else:
         findings = tuple(_alone(model, p, name, ctx) for p in passes.pass_names())
-    return _explanation(model, name, found[name], findings)
+    return _explanation(model, name, value, findings)
 
 
 def _layers(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
-    """Layer to weight: the weights that can be rewritten, and those declined as such, by their own name."""
-    initializers = {str(v.name): v for graph in model.graphs() for v in graph.initializers.values()}
-    layers: dict[str, onnx_ir.Value] = {}
-    for found in ir.weight_sites(model):
-        if isinstance(found, ir.WeightSite):
-            layers[found.layer] = found.value
-        elif found[0] in initializers:
-            layers[found[0]] = initializers[found[0]]
+    """Layer to weight: those that can be rewritten first, then every constant by its own name, BatchNorm's too."""
+    layers = {found.layer: found.value for found in ir.weight_sites(model) if isinstance(found, ir.WeightSite)}
+    layers |= {ir.layer_of(value): value for value, _ in passes.weights(model) if ir.layer_of(value) not in layers}
     for graph in model.graphs():
-        for node in graph:
-            if node.domain == "mc_opt":
-                layers.update((str(v.name), v) for v in node.outputs)
+        for value in graph.initializers.values():
+            layers.setdefault(ir.layer_of(value), value)
     return layers
 
 
-def _resolve(model: onnx_ir.Model, name: str, layers: Mapping[str, onnx_ir.Value]) -> str:
+def _resolve(model: onnx_ir.Model, name: str, layers: Mapping[str, onnx_ir.Value]) -> tuple[str, onnx_ir.Value]:
+    """The layer of a name: of a layer, a weight, a node that uses one, or any other value a pass may speak of."""
     if name in layers:
-        return name
-    for layer, value in layers.items():
-        if value.name == name or any(node.name == name for node in value.consumers()):
-            return layer
+        return name, layers[name]
+    names = {str(value.name): layer for layer, value in layers.items()}
+    if name in names:
+        return names[name], layers[names[name]]
+    for node in model.graph.all_nodes():
+        if node.name == name:
+            layer = next((names[v.name] for v in node.inputs if v is not None and v.name in names), None)
+            if layer is not None:
+                return layer, layers[layer]
+            return str(node.outputs[0].name), node.outputs[0]
+        if (value := next((v for v in node.outputs if v.name and v.name == name), None)) is not None:
+            return name, value
     raise ir.OptionError(ir.unknown("layer", name, layers))
 
 
@@ -119,25 +125,25 @@ def _finding(whole: Report, position: int, layer: str) -> Finding:
     if layer in report.skips:
         return Finding(report.name, "declined", report.skips[layer])
     notes = [text for about, text in report.notes if about == layer]
-    return Finding(report.name, "no site", "; ".join(notes) or "the pass found nothing of its kind at this layer")
+    if notes:
+        return Finding(report.name, "rewritten", "; ".join(notes))
+    return Finding(report.name, "no site", "the pass found nothing of its kind at this layer")
 
 
 def _explanation(model: onnx_ir.Model, layer: str, value: onnx_ir.Value, findings: tuple[Finding, ...]) -> Explanation:
-    nodes = list(dict.fromkeys(value.consumers()))
-    before = [v.producer() for node in nodes for v in node.inputs if v is not None and v is not value]
-    after = [n for node in nodes for v in node.outputs for n in v.consumers()]
+    view = ir.graph_of(model)
+    nodes = ir.users(view).get(str(value.name), ())
+    own = frozenset(nodes)
     return Explanation(
         layer=layer,
         weight=ir.type_text(value),
-        consumers=_titles(nodes),
-        feeds=_titles([n for n in before if n is not None]),
-        fed=_titles(after),
+        consumers=tuple(ir.label(view, name) for name in nodes),
+        feeds=tuple(ir.label(view, name) for name in ir.before(view, nodes)),
+        fed=tuple(ir.label(view, name) for name in ir.after(view, nodes)),
+        upstream=len(own.union(*(ir.upstream(view, name) for name in nodes)) - own),
+        downstream=len(own.union(*(ir.downstream(view, name) for name in nodes)) - own),
         findings=findings,
     )
-
-
-def _titles(nodes: list[onnx_ir.Node]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(f"{node.op_type} {node.name}" for node in nodes))
 
 
 def to_json(explanation: Explanation) -> dict[str, object]:

@@ -48,6 +48,7 @@ def test_a_layer_stands_somewhere_in_the_graph(model: onnx_ir.Model) -> None:
     assert found.consumers == ("MatMul last",)
     assert found.feeds == ("Relu middle",)
     assert found.fed == ()
+    assert (found.upstream, found.downstream) == (2, 0)
     assert to_json(found)["layer"] == "w2"
 
 
@@ -63,3 +64,25 @@ def test_a_node_names_its_layer(model: onnx_ir.Model) -> None:
 def test_an_unknown_layer_lists_the_known_ones(model: onnx_ir.Model) -> None:
     with pytest.raises(ir.OptionError, match=r"unknown layer 'w11'; did you mean 'w1'\? \(known: w1, w2\)"):
         explain(model, "w11")
+
+
+NORM = """
+<ir_version: 10, opset_import: ["": 21]>
+g (float[1,2,4,4] x) => (float[1,2,4,4] y)
+<float[2,2,1,1] w = {1, 2, 3, 4}, float[2] s1 = {1, 2}, float[2] b = {0, 1}, float[2] m = {0, 1}, float[2] v = {1, 2},
+ float[2] s2 = {1, 2}>
+{
+  [conv] h = Conv (x, w)
+  [folded] n = BatchNormalization (h, s1, b, m, v)
+  [act] r = Relu (n)
+  [kept] y = BatchNormalization (r, s2, b, m, v)
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "outcome"), [("s1", "rewritten"), ("folded", "rewritten"), ("kept", "declined")])
+def test_a_batch_norm_says_why_it_stays(name: str, outcome: str) -> None:
+    """Under the name that the report gives it, its scale's, and under its node's."""
+    model = ir.infer_shapes(made := onnx_ir.from_onnx_text(NORM)) or made
+    found = explain(model, name, pipeline=Pipeline.parse("fold-batch-norm"))
+    assert found.layer in ("s1", "s2") and [f.outcome for f in found.findings] == [outcome]

@@ -53,8 +53,12 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     columns = ("pass", "rewrites", "bytes before", "bytes after", "SQNR dB", "max/spread", "top-1", "seconds")
     _console.print_table(columns, rows)
     if dry_run:
-        layers = [(y.layer, y.rewritten_by, y.elements, y.bytes_before, y.bytes_after, y.bits) for y in report.layers]
-        headings = ("layer", "pass", "elements", "bytes before", "bytes after", "bits each")
+        users = _users(outcome)
+        layers = [
+            (y.layer, users.get(y.layer), y.rewritten_by, y.elements, y.bytes_before, y.bytes_after, y.bits)
+            for y in report.layers
+        ]
+        headings = ("layer", "used by", "pass", "elements", "bytes before", "bytes after", "bits each")
         _console.print_table(headings, layers, title="Layers that would change")
         skips = [(p.name, layer, reason) for p in report.passes for layer, reason in p.skips.items()]
         _console.print_table(("pass", "layer", "left alone because"), skips, title="Layers left alone")
@@ -69,6 +73,16 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     if outcome.out is not None:
         for file in report.outputs:
             click.echo(f"{outcome.out / file.path}  {_console.size_text(file.bytes)}")
+
+
+def _users(outcome: Outcome) -> dict[str, str]:
+    """Layer to the nodes that use its weight."""
+    from mc_opt import ir, passes
+
+    view = ir.graph_of(outcome.model)
+    users = ir.users(view)
+    weights = {ir.layer_of(value): str(value.name) for value, _ in passes.weights(outcome.model)}
+    return {layer: ", ".join(ir.label(view, node) for node in users.get(name, ())) for layer, name in weights.items()}
 
 
 def _bytes(report: PassReport, when: str) -> str:

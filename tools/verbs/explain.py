@@ -40,5 +40,6 @@ def command(model: Path, layer: str, as_json: bool, **options: Any) -> None:
     for title, names in (("used by", found.consumers), ("after", found.feeds), ("before", found.fed)):
         if names:
             click.echo(f"  {title} {', '.join(names)}")
+    click.echo(f"  {found.upstream} nodes lead here, {found.downstream} depend on it")
     rows = [(f.rewritten_by, f.outcome, f.reason) for f in found.findings]
     _console.print_table(("pass", "outcome", "why"), rows, title="Passes")
