@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError
     from mc_opt.ir.io.atomic import FolderError, staged_files, staged_folder, write_bytes, write_text
     from mc_opt.ir.io.capture import capture, from_torch
-    from mc_opt.ir.io.data import Data, Sample, load_data, seeded_data
+    from mc_opt.ir.io.data import Data, Sample, check_states, load_data, seeded_data
     from mc_opt.ir.io.load import load_model
     from mc_opt.ir.io.read import Source
     from mc_opt.ir.io.save import SavedModel, save_model
@@ -60,6 +60,7 @@ _EXPORTS = {
     "from_torch": "io.capture",
     "Data": "io.data",
     "Sample": "io.data",
+    "check_states": "io.data",
     "load_data": "io.data",
     "seeded_data": "io.data",
     "load_model": "io.load",

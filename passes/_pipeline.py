@@ -136,15 +136,16 @@ class _Run:
             return
         size = size_of(original)
         need = _COPIES * max(size.weight_bytes, 4 * size.parameters)  # ONNX Runtime decodes packed weights
+        need += _RUNS * run_bytes(original)
         if need > self.ctx.memory_limit:
             self._no_judge(what, f"needs about {_gib(need)}, the memory limit is {_gib(self.ctx.memory_limit)}")
             return
         try:
             self.judge = Judge(original, self.ctx, fixed)
-        except ir.DataError:
+        except ir.DataError as error:
             if self.ctx.data is not None:
                 raise
-            self._no_judge(what, "random inputs do not fit the model; give real ones")
+            self._no_judge(what, f"random inputs do not fit the model ({error}); give real ones by --data")
             return
         except ir.IRError as error:
             self._no_judge(what, f"the model that came in does not run: {error}")

@@ -157,6 +157,7 @@ def _loaded(request: Request, stages: _Stages) -> tuple[Request, onnx_ir.Model]:
         reference = _read(request)
         model = _shaped(reference, request.shapes)
         data = request.data
+        ir.check_states(model, request.states)
         if isinstance(data, str | os.PathLike):
             data = ir.load_data(data, model, states=request.states)
     return dataclasses.replace(request, model=model, data=data), reference

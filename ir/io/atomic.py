@@ -65,7 +65,7 @@ def staged_files(folder: str | os.PathLike[str], *, last: str | None = None) -> 
         made = _make_parents(folder)
         stage = None
         try:
-            stage = Path(tempfile.mkdtemp(dir=folder, prefix=PREFIX))
+            stage = _make_place(folder)
             yield stage
             _sync_tree(stage)
             with _undisturbed():
@@ -138,9 +138,18 @@ def _make_stage(out: Path) -> Path:
     if out.is_dir() and not os.access(out, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
     inside = out.is_dir() and (os.path.ismount(out) or out.is_symlink() or not os.access(out.parent, os.W_OK))
-    stage = Path(tempfile.mkdtemp(dir=out if inside else out.parent, prefix=PREFIX))
+    stage = _make_place(out if inside else out.parent)
     stage.chmod(0o777 & ~_umask())
     return stage
+
+
+def _make_place(folder: Path) -> Path:
+    """A new folder out of sight in `folder`."""
+    try:
+        return Path(tempfile.mkdtemp(dir=folder, prefix=PREFIX))
+    except OSError as error:  # told of the folder that was asked for; /proc says of any new name that it is not there
+        code = errno.EACCES if error.errno in (None, errno.ENOENT) else error.errno
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 def _clear(stage: Path | None, made: list[Path]) -> None:
@@ -226,6 +235,8 @@ def _explained(path: Path) -> Iterator[None]:
             raise FolderError(
                 f"{where}: cannot be written ({error.strerror}); name a folder you may write to"
             ) from error
+        if Path(where) == path or Path(where) in path.parents:
+            raise FolderError(f"{where}: cannot be made ({error.strerror}); name another folder") from error
         raise
 
 

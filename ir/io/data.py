@@ -77,7 +77,7 @@ def load_data(path: str | Path, model: onnx_ir.Model, states: Mapping[str, str] 
         DataError: names, shapes or types do not fit the model, or a file cannot be read.
     """
     path, states = Path(path), dict(states or {})
-    _check_states(model, states)
+    check_states(model, states)
     inputs = [v for v in model.graph.inputs if v.name not in states.values()]
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
@@ -113,7 +113,7 @@ def seeded_data(model: onnx_ir.Model, n: int = 8, seed: int = 0, *, states: Mapp
         DataError: an input is not a tensor of numbers.
     """
     states = dict(states or {})
-    _check_states(model, states)
+    check_states(model, states)
     shapes = example_shapes(model)
     drawn = [(v, _draw(v, shapes)) for v in model.graph.inputs if v.name not in states.values()]
 
@@ -245,7 +245,12 @@ def _shaped(row: npt.NDArray[Any], value: onnx_ir.Value) -> npt.NDArray[Any]:
     return row[None] if value.shape is not None and row.ndim == len(value.shape) - 1 else row
 
 
-def _check_states(model: onnx_ir.Model, states: Mapping[str, str]) -> None:
+def check_states(model: onnx_ir.Model, states: Mapping[str, str]) -> None:
+    """Refuse recurrent states, output name to input name, that the model does not have.
+
+    Raises:
+        DataError: the model has no such output or input.
+    """
     outputs, inputs = {v.name: v for v in model.graph.outputs}, {v.name: v for v in model.graph.inputs}
     for source, target in states.items():
         for kind, name, known in (("output", source, outputs), ("input", target, inputs)):

@@ -200,11 +200,17 @@ def test_an_output_folder_that_is_a_file(mc_opt: Run, mlp: Path, out: Path) -> N
     assert ran.code == 2 and str(out) in ran.error and out.read_text() == "mine"
 
 
-def test_an_unwritable_folder(mc_opt: Run, mlp: Path) -> None:
-    # sysfs takes no folders, not even from root
-    ran = mc_opt(mlp, "-o", "/sys/mc-opt-out")
+@pytest.mark.parametrize("place", ["/sys", "/proc"])
+def test_an_unwritable_folder(mc_opt: Run, mlp: Path, place: str) -> None:
+    # these take no folders, not even from root
+    ran = mc_opt(mlp, "-o", f"{place}/mc-opt-out")
     assert ran.code == 2, ran.err
-    assert "/sys" in ran.error
+    assert f"{place}: cannot be written" in ran.error and ".mc-opt-" not in ran.error
+
+
+def test_a_state_that_the_model_does_not_have(mc_opt: Run, mlp: Path, out: Path) -> None:
+    ran = mc_opt(mlp, "--passes", "denseshift", "--state", "h=x", "-o", out)
+    assert ran.code == 4 and "no output 'h'" in ran.error and not out.exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
