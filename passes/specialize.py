@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir
 
 from mc_opt import ir
-from mc_opt.passes._base import Context, Pass, PassError
+from mc_opt.passes._base import Context, Pass
 from mc_opt.passes._fold import Folding
 
 _LIMIT = 64 << 20
@@ -54,7 +54,7 @@ class Specialize(Pass):
         inputs = {value.name: value for value in model.graph.inputs}
         for name, text in self.values:
             if name not in inputs:
-                raise PassError(self.name, name, ir.unknown("input", name, [str(n) for n in inputs]))
+                raise ir.OptionError(f"{self.name}: {ir.unknown('input', name, [str(n) for n in inputs])}")
             value, array = inputs[name], self._parse(inputs[name], text)
             model.graph.inputs.remove(value)
             value.const_value = ctx.keep(array, name)
@@ -65,19 +65,21 @@ class Specialize(Pass):
     def _parse(self, value: onnx_ir.Value, text: str) -> np.ndarray:
         name, dtype = str(value.name), value.dtype
         if dtype is None or dtype == onnx_ir.DataType.STRING:
-            raise PassError(self.name, name, f"its type is {dtype}, expected numbers or true and false")
+            raise ir.OptionError(f"{self.name}: {name}: its type is {dtype}, expected numbers or true and false")
         try:
             numbers = [_number(word, dtype) for word in text.split(",")]
             with np.errstate(over="raise"):
                 array = np.array(numbers, dtype.numpy())
         except (ValueError, OverflowError, FloatingPointError) as error:
-            raise PassError(self.name, name, f"{text!r} does not fit its type {dtype.name}: {error}") from error
+            raise ir.OptionError(
+                f"{self.name}: {name}: {text!r} does not fit its type {dtype.name}: {error}"
+            ) from error
         dims = [d if isinstance(d, int) else None for d in value.shape] if value.shape is not None else None
         rank = len(dims) if dims is not None else (0 if len(numbers) == 1 else 1)
         if len(numbers) == 1 and rank != 1 and all(d in (1, None) for d in dims or []):
             return array.reshape((1,) * rank)
         if rank != 1 or (dims is not None and dims[0] not in (None, len(numbers))):
-            raise PassError(self.name, name, f"{len(numbers)} numbers were given, its shape is {value.shape}")
+            raise ir.OptionError(f"{self.name}: {name}: {len(numbers)} numbers were given, its shape is {value.shape}")
         return array
 
 

@@ -53,7 +53,7 @@ def test_says_what_does_not_fit() -> None:
         ("rate=1", "unknown input 'rate'"),
         ("sr=99999999999999999999", "does not fit"),
     ):
-        with pytest.raises(passes.PassError, match=word):
+        with pytest.raises(ir.OptionError, match=word):
             apply(f"specialize{{{text}}}", source)
     with pytest.raises(ir.OptionError, match="name an input"):
         passes.Pipeline.parse("specialize")
