@@ -17,13 +17,15 @@ from mc_opt.passes._base import Check, Context, Log, Pass, PassError
 from mc_opt.passes._instrument import Bytes, Dump, Instrument, Timing
 from mc_opt.passes._judge import Judge
 from mc_opt.passes._report import File, LayerReport, PassReport, Report, Source, Unchecked
-from mc_opt.passes._size import changed_layers, sites, size_of, values_by_name
+from mc_opt.passes._size import changed_layers, run_bytes, sites, size_of, values_by_name
 from mc_opt.passes._spec import Pipeline, RecipeError, Step
 
 OURS = "mc_opt"
 
 _COPIES = 3
 """A model judged in ONNX Runtime is in memory about so many times: serialised, loaded, and packed for its kernels."""
+_RUNS = 8
+"""The values of a run are: drawn in double precision, put out by two models, compared in double precision."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import onnx_ir
@@ -19,6 +20,19 @@ def size_of(model: onnx_ir.Model) -> Size:
             nodes += 1
             stored_bytes += sum(_tensor_bytes(attribute) for attribute in node.attributes.values())
     return Size(sum(elements_of(value) for value, _ in weights(model)), stored_bytes, nodes)
+
+
+def run_bytes(model: onnx_ir.Model) -> int:
+    """Bytes of the values of one run: the inputs and outputs, and the largest value between them; open axes count 1."""
+    ends = (*model.graph.inputs, *model.graph.outputs)
+    between = max((_value_bytes(value) for node in model.graph for value in node.outputs), default=0)
+    return sum(_value_bytes(value) for value in ends) + between
+
+
+def _value_bytes(value: onnx_ir.Value) -> int:
+    if value.shape is None or value.dtype is None:
+        return 0
+    return math.prod(d if isinstance(d, int) else 1 for d in value.shape) * value.dtype.bitwidth // 8
 
 
 def weights(model: onnx_ir.Model) -> Iterator[tuple[onnx_ir.Value, list[onnx_ir.Value]]]:

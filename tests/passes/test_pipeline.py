@@ -125,6 +125,14 @@ def test_above_the_memory_limit_numbers_are_not_checked_and_the_report_says_so(m
     assert any("memory limit" in w for w in report.warnings)
 
 
+def test_inputs_beyond_the_memory_limit_are_not_drawn(model: onnx_ir.Model) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)):
+        assert value.shape is not None
+        value.shape = onnx_ir.Shape([99999999, *value.shape[1:]])
+    report = _run(model, Toy()).report
+    assert report.unchecked[0].reason.startswith("needs about")
+
+
 def test_a_dry_run_tells_layers_and_bytes(model: onnx_ir.Model) -> None:
     report = passes.dry_run(model, Pipeline.of(Toy(layers=("w1",))), Context())
     assert [(row.layer, row.bytes_after) for row in report.layers] == [("w1", 128)]
