@@ -110,6 +110,8 @@ def _decode(path: Path, data: mmap.mmap) -> onnx.ModelProto:
     # Almost any bytes decode as some protobuf message: a model has a graph that computes something.
     if not proto.HasField("graph") or not (proto.graph.output or proto.graph.node):
         raise IRError(f"{path}: holds no ONNX graph ({len(data)} bytes); expected an ONNX model; check the file")
+    if not proto.graph.output:
+        raise IRError(f"{path}: its graph has no output, expected one at least; export the model again")
     return proto
 
 

@@ -159,6 +159,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         stage(tmp_path)
     with pytest.raises(ir.FolderError, match=r"cannot be written|is a file"):
         ir.write_text("/proc/version/report.json", "x")
+    with pytest.raises(ir.FolderError, match="cannot be made"):
+        stage(tmp_path / ("n" * 300))
 
 
 def test_single_files(tmp_path: Path) -> None:

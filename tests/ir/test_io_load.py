@@ -251,6 +251,14 @@ def test_odd_types_come_in_from_both_places(tmp_path: Path, dtype: onnx_ir.DataT
         assert loaded.dtype == dtype
 
 
+def test_a_graph_without_outputs_is_refused(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(LINEAR)
+    del proto.graph.output[:]
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ir.IRError, match="its graph has no output"):
+        ir.load_model(tmp_path / "m.onnx")
+
+
 # External data
 
 
