@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,20 @@ class OutputDrift:
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """The difference of all outputs between a reference and another model; `outputs` in the reference's order."""
+    """The difference of all outputs between a reference and another model; `outputs` in the reference's order.
+
+    Attributes:
+        samples: How many were compared.
+        outputs: The figures of each output.
+        accuracy_reference: Share of samples in which the largest entry of the reference's first output is the
+            label; None without labels, or when that output does not hold one row of classes.
+        accuracy_other: The same of the other model.
+    """
 
     samples: int
     outputs: tuple[OutputDrift, ...]
+    accuracy_reference: float | None = None
+    accuracy_other: float | None = None
 
     @property
     def equal(self) -> bool:
@@ -175,9 +185,12 @@ class DriftMeter:
     def __init__(self) -> None:
         self._samples = 0
         self._outputs: dict[str, _Sums] = {}
+        self._right: tuple[list[bool | None], list[bool | None]] = ([], [])
 
-    def add(self, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None:
-        """Take in the outputs of one sample.
+    def add(
+        self, reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], label: np.ndarray | None = None
+    ) -> None:
+        """Take in the outputs of one sample, and its label when there is one.
 
         Raises:
             DataError: when an output is missing in `other` or has another shape.
@@ -191,10 +204,29 @@ class DriftMeter:
                 raise DataError(f"output {name!r}: shape {actual.shape}, expected {expected.shape} as in the reference")
             self._outputs.setdefault(name, _Sums()).add(expected, actual)
         self._samples += 1
+        for outputs, right in zip((reference, other), self._right, strict=True):
+            right.append(is_right(outputs, label))
 
     def result(self) -> Drift:
         """The figures over all samples so far."""
-        return Drift(self._samples, tuple(sums.result(name) for name, sums in self._outputs.items()))
+        outputs = tuple(sums.result(name) for name, sums in self._outputs.items())
+        return Drift(self._samples, outputs, *(accuracy(right) for right in self._right))
+
+
+def is_right(outputs: Mapping[str, np.ndarray], label: np.ndarray | None) -> bool | None:
+    """Whether the largest entry of the first output is the label; None when there is no label or no row of classes."""
+    if label is None or np.size(label) != 1 or np.asarray(label).dtype.kind not in "biu" or not outputs:
+        return None
+    first = np.asarray(next(iter(outputs.values())))
+    if first.size < 2 or first.size != first.shape[-1] or not _is_number(first):
+        return None
+    return int(first.argmax()) == int(np.reshape(label, ()))
+
+
+def accuracy(right: Sequence[bool | None]) -> float | None:
+    """The share of samples that are right; None when one of them, or all, cannot be judged."""
+    judged = [r for r in right if r is not None]
+    return sum(judged) / len(judged) if judged and len(judged) == len(right) else None
 
 
 class _Sums:

@@ -158,9 +158,9 @@ def compare(
     """
     reference, other = _session(reference), _session(other)
     meter = DriftMeter()
-    # Two walks over a re-iterable stream, side by side: nothing is kept.
-    for a, b in zip(run_data(reference, data, states), run_data(other, data, states), strict=True):
-        meter.add(a, b)
+    # Walks over a re-iterable stream, side by side: nothing is kept.
+    for sample, a, b in zip(data, run_data(reference, data, states), run_data(other, data, states), strict=True):
+        meter.add(a, b, getattr(sample, "label", None))
     drift = meter.result()
     if not drift.samples:
         raise DataError("data: no samples, expected at least one; give a file with a first axis of 1 or more")

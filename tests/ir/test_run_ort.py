@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -240,3 +241,25 @@ def test_states_drift_apart_on_their_own() -> None:
     drift = compare(parse(text), parse(text, decay=1.02), data, states={"next": "state"})
     # Fixed points 1/(1-0.5) and 1/(1-0.51): each model feeds itself.
     assert drift.output("next").max_abs == pytest.approx(1 / 0.49 - 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 1], (2 / 3, 1 / 3)),
+        ([0, None, 1], (None, None)),
+        (["a", "b", "c"], (None, None)),
+    ],
+)
+def test_labels_give_the_accuracy_of_both(labels: list[Any], expected: tuple[float | None, float | None]) -> None:
+    sums = DriftMeter()
+    for a, b, label in zip(np.eye(2)[[0, 1, 0]], np.eye(2)[[1, 1, 0]], labels, strict=True):
+        sums.add({"y": a[None], "z": b}, {"y": b[None], "z": b}, None if label is None else np.array(label))
+    drift = sums.result()
+    assert (drift.accuracy_reference, drift.accuracy_other) == expected
+
+
+def test_an_output_of_several_rows_has_no_accuracy() -> None:
+    sums = DriftMeter()
+    sums.add({"y": np.eye(2)}, {"y": np.eye(2)}, np.array(0))
+    assert sums.result().accuracy_other is None

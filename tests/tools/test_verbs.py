@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mc_opt import ir
 from mc_opt.tools import _console, _texts, cli
 from tests.tools.conftest import Ran
 
@@ -47,6 +48,20 @@ def test_compile_is_the_verb_when_none_is_named(mc_opt: Run, mlp: Path, out: Pat
     assert "denseshift" in ran.out and "weights" in ran.out
     assert "warning: no data was given" in ran.err
     assert "\x1b" not in ran.out + ran.err  # no colour off a terminal
+
+
+def test_labels_give_accuracy(mc_opt: Run, mlp: Path, out: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    outputs = ir.Session(mlp)
+    label = np.array([int(outputs.run({"x": row[None]})["y"].argmax()) for row in x])
+    label[0] = (label[0] + 1) % 4
+    np.savez(tmp_path / "x.npz", x=x, label=label)
+    ran = mc_opt(mlp, "--passes", "denseshift", "--data", tmp_path / "x.npz", "-o", out)
+    assert ran.code == 0, ran.err
+    report = json.loads((out / "report.json").read_text())
+    drift = report["passes"][0]["drift"]["reference"]
+    assert drift["accuracy_reference"] == 0.875
+    assert f"accuracy 87.50% -> {drift['accuracy_other']:.2%} on 8 labelled samples" in ran.out
 
 
 def test_compile_json_holds_report_and_timings(mc_opt: Run, mlp: Path, out: Path) -> None:

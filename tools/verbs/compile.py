@@ -10,7 +10,7 @@ import click
 from mc_opt.tools import _console, _failure, _request
 
 if TYPE_CHECKING:
-    from mc_opt.passes import PassReport
+    from mc_opt.passes import PassReport, Report
     from mc_opt.tools.driver import Outcome
 
 
@@ -64,6 +64,8 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
         _console.print_table(("pass", "layer", "left alone because"), skips, title="Layers left alone")
     before, after = (_console.size_text(size.weight_bytes) for size in (report.before, report.after))
     click.echo(f"\nweights {before} -> {after}, nodes {report.before.nodes} -> {report.after.nodes}")
+    if (accuracy := _accuracy(report)) is not None:
+        click.echo(accuracy)
     for target in report.targets:
         click.echo(f"target {target.resolved}")
         for line in target.fallbacks:
@@ -83,6 +85,15 @@ def _users(outcome: Outcome) -> dict[str, str]:
     users = ir.users(view)
     weights = {ir.layer_of(value): str(value.name) for value, _ in passes.weights(outcome.model)}
     return {layer: ", ".join(ir.label(view, node) for node in users.get(name, ())) for layer, name in weights.items()}
+
+
+def _accuracy(report: Report) -> str | None:
+    """How often the largest entry of the first output is the label, before and after, when the data has labels."""
+    drift = next((p.drift["reference"] for p in reversed(report.passes) if p.drift), None)
+    if drift is None or drift["accuracy_reference"] is None or drift["accuracy_other"] is None:
+        return None
+    before, after = (f"{drift[key]:.2%}" for key in ("accuracy_reference", "accuracy_other"))
+    return f"accuracy {before} -> {after} on {drift['samples']} labelled samples"
 
 
 def _bytes(report: PassReport, when: str) -> str:

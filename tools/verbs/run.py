@@ -55,7 +55,7 @@ def command(
         data = ir.load_data(data_path, source, states=carried)
     name, run = _runner(model, onnx_file, target)
     columns: dict[str, list[Any]] = {}
-    labels: list[Any] = []
+    right: list[bool | None] = []
     state: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     for sample in data:
@@ -63,20 +63,20 @@ def command(
         state = {into: outputs[out] for out, into in carried.items()}
         for key, value in outputs.items():
             columns.setdefault(key, []).append(np.asarray(value))
-        labels.append(sample.label)
+        right.append(ir.is_right(outputs, sample.label))
     seconds = time.perf_counter() - started
     if output is not None:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {key: _joined(values) for key, values in columns.items()}
         np.savez(buffer, **arrays)  # noqa: TID251 - into memory; the file is written atomically below
         ir.write_bytes(output, buffer.getvalue())
-    count = len(labels)
+    count = len(right)
     summary: dict[str, Any] = {
         "run_by": name,
         "samples": count,
         "ms_per_sample": 1000 * seconds / max(count, 1),
         "outputs": [_summary(key, values) for key, values in columns.items()],
-        "accuracy": _accuracy(columns, labels),
+        "accuracy": ir.accuracy(right),
     }
     if as_json:
         _console.print_json(summary)
@@ -135,13 +135,3 @@ def _summary(name: str, values: list[Any]) -> dict[str, Any]:
         "mean": float(finite.mean()),
         "nonfinite": bad,
     }
-
-
-def _accuracy(columns: dict[str, list[Any]], labels: list[Any]) -> float | None:
-    """How often the largest entry of the first output is the label, when there are labels and it looks like classes."""
-    if not columns or any(label is None for label in labels):
-        return None
-    first = next(iter(columns.values()))
-    if any(v.size < 2 or v.size != v.shape[-1] for v in first):
-        return None
-    return float(sum(int(v.argmax()) == int(label) for v, label in zip(first, labels, strict=True)) / len(labels))
