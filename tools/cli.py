@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -106,6 +107,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The entry point of the installed command `mc-opt`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout`, a build server: clean up as after Ctrl-C
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

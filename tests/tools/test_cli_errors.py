@@ -287,16 +287,18 @@ def test_an_internal_error_keeps_its_traceback(
     assert "Traceback" in mc_opt(mlp, "-o", out, "--traceback").err
 
 
-def test_ctrl_c(mlp: Path, out: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_the_end_that_a_server_sends(mlp: Path, out: Path, number: signal.Signals) -> None:
     code = f"""
-import time
+import sys, time
 from mc_opt import ir
 from mc_opt.tools import cli
 def slow(*a, **k):
     print("loading", flush=True)
     time.sleep(30)
 ir.load_model = slow
-raise SystemExit(cli.run([{str(mlp)!r}, "-o", {str(out)!r}]))
+sys.argv[1:] = [{str(mlp)!r}, "-o", {str(out)!r}]
+cli.main()
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -304,7 +306,7 @@ raise SystemExit(cli.run([{str(mlp)!r}, "-o", {str(out)!r}]))
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
         time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
