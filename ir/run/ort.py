@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
@@ -34,6 +35,7 @@ LARGEST_PROTO = 3 << 29
 """Weight bytes above which a model is run from a temporary file: protobuf ends at 2 GiB and copies before that."""
 
 _FATAL = 4
+_SOURCE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?=[A-Z])")
 
 _NUMPY_TYPES = {
     "float": "float32",
@@ -283,6 +285,9 @@ def _title(model: onnx_ir.Model | str | pathlib.Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    """ONNX Runtime's message as one line, without its prefix `[ONNXRuntimeError] : 10 : INVALID_GRAPH : `."""
-    text = " ".join(str(error).split())
+    """ONNX Runtime's message as one line, without its prefix `[ONNXRuntimeError] : 10 : INVALID_GRAPH : `.
+
+    The place in its C++ source goes too: `/onnxruntime_src/onnxruntime/core/graph/model.cc:256 Model(...) `.
+    """
+    text = _SOURCE.sub("", " ".join(str(error).split()))
     return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text

@@ -263,3 +263,10 @@ def test_an_output_of_several_rows_has_no_accuracy() -> None:
     sums = DriftMeter()
     sums.add({"y": np.eye(2)}, {"y": np.eye(2)}, np.array(0))
     assert sums.result().accuracy_other is None
+
+
+def test_a_refusal_is_told_without_places_in_c_source() -> None:
+    """A model of an IR version that this ONNX Runtime does not read."""
+    model = onnx_ir.from_onnx_text(f'<ir_version: 99, opset_import: ["": 21]> {SCALED}')
+    with pytest.raises(ir.IRError, match=r"refuses the model: Unsupported model IR version: 99"):
+        Session(model)
