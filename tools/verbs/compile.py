@@ -45,10 +45,10 @@ def command(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 def _print(outcome: Outcome, *, dry_run: bool) -> None:
     report = outcome.report
-    seconds = {row["name"]: row["seconds"] for row in outcome.timings["passes"]}
+    seconds = [f"{row['seconds']:.3f}" for row in outcome.timings["passes"]]
     rows = [
-        (p.name, p.rewrites, _bytes(p, "before"), _bytes(p, "after"), *_drift(p), seconds.get(p.name))
-        for p in report.passes
+        (p.name, p.rewrites, _bytes(p, "before"), _bytes(p, "after"), *_drift(p), taken)
+        for p, taken in zip(report.passes, seconds, strict=True)
     ]
     columns = ("pass", "rewrites", "bytes before", "bytes after", "SQNR dB", "max/spread", "top-1", "seconds")
     _console.print_table(columns, rows)
