@@ -16,7 +16,7 @@ from mc_opt.targets import _relax
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._refusal import refusal, where
-from mc_opt.targets._relax import folding, half
+from mc_opt.targets._relax import bodies, folding, half
 from mc_opt.targets._relax.emitter import Emitter, Handler
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -39,6 +39,7 @@ def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, 
     table = _relax.handlers()
     fallbacks = _inline_functions(model, table)
     half.widen(model)
+    fallbacks += bodies.expand(model, table)
     emitter = Emitter(model, machine)
     emitter.fallbacks.extend(fallbacks)
     inputs: list[Any] = []

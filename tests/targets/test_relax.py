@@ -227,3 +227,14 @@ def test_half_precision_is_summed_in_single(tmp_path: Path) -> None:
     # Half a unit in the last place of float16, 2^-11: one rounding at the end.
     np.testing.assert_allclose(product, x @ w, rtol=5e-4)
     np.testing.assert_allclose(mean, x.mean(axis=1, keepdims=True), rtol=5e-4)
+
+
+def test_ops_that_other_ops_make_up(tmp_path: Path) -> None:
+    nodes = ["Mish(x)", "Celu<alpha=0.5>(x)", "Celu(x)", "Softsign(x)", "Shrink<lambd=0.3, bias=0.1>(x)"]
+    nodes += ["ThresholdedRelu<alpha=0.2>(x)", "LRN<size=3>(x)", "LRN<size=5, alpha=0.1, beta=0.6, bias=2.0>(x)"]
+    lines = [("float[2,5,3,3]", node) for node in (*nodes, "LpNormalization<axis=1, p=1>(x)")]
+    lines += [("double[2,4]", "LpNormalization(z)")]
+    x, z = RNG.standard_normal((2, 5, 3, 3)).astype(np.float32), RNG.standard_normal((2, 4))
+    x[0, :, 0, 0] = 0  # a norm of 0
+    built = check(tmp_path, graph("float[2,5,3,3] x, double[2,4] z", lines), {"x": x, "z": z})
+    assert any(note.startswith("LRN") for note in built.manifest.fallbacks)
