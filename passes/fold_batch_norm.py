@@ -6,6 +6,8 @@ Into the layer before it, y = W x + b: W' = s·W, b' = s·b + t along the output
 MatMul). Or into the layers after it, along the inputs: W' = W·s, b' = b + W t. On the way there it passes
 what commutes with it: constant scales and shifts of channels, sums, Concat, average pools, layout changes.
 A layer that pads with zeros sees no shift there, so before it BN(x) ↦ Conv is exact only with a bias map.
+
+No single paper: the first fold is common practice, the ways past other nodes and the bias map are worked out here.
 """
 
 from __future__ import annotations

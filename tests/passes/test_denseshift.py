@@ -138,7 +138,7 @@ def test_the_codebook_has_no_zero_and_every_code_its_own_value(bits: int) -> Non
     np.testing.assert_array_equal(book[half:], -book[:half])  # the upper bit of a code is the sign
 
 
-def test_the_published_example() -> None:
+def test_a_worked_example_of_both_roundings() -> None:
     w = np.array([[0.9, -0.31, 0.05, -0.12, 0, 0.47]], np.float32)
     for rounding in ("nearest", "log2"):
         codes = _shift._nearest(w, np.array([0.1], np.float32), 3, rounding)

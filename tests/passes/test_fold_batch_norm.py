@@ -196,7 +196,7 @@ def test_globs_choose_layers() -> None:
     assert "skip=sc* names it" in skipped("fold-batch-norm{skip=sc*}", FOLDED["conv"][0])["scale"]
 
 
-def test_the_published_numbers() -> None:
+def test_a_worked_example() -> None:
     affine = _affine.normalization(*(np.array([v]) for v in (2.0, 0.5, 1.0, 3.0)), epsilon=1.0)
     assert (affine.s[0], affine.t[0]) == (1.0, -0.5)
 
