@@ -99,8 +99,12 @@ class Surgeon(Pass):
     def _guard(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
+        except MemoryError:
+            raise
         except (Exception, SystemExit) as error:  # any fault of the script is told with its place
-            raise PassError(self.name, _place(error, self.script), f"{type(error).__name__}: {error}") from error
+            problem = PassError(self.name, _place(error, self.script), f"{type(error).__name__}: {error}")
+        # Not from the error: a Python error behind a PassError counts as a mistake of ours.
+        raise problem
 
 
 def _place(error: BaseException, script: str) -> str:
@@ -146,3 +150,6 @@ def _check_interface(model: onnx_ir.Model, step: Surgeon) -> None:
             raise PassError(
                 step.name, str(value.name), "the script left an input or output without type or shape; set it"
             )
+    for value in model.graph.outputs:
+        if value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+            raise PassError(step.name, str(value.name), "the script left an output that no node makes; connect it")

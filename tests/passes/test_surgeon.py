@@ -88,11 +88,13 @@ def test_needs_permission(tmp_path: Path) -> None:
         ("import sys\nsys.exit(3)", "fix.py:2: SystemExit"),
         ("def edit(graph):\n    graph.opset = 13\n    return graph", "set opset 13"),
         ("def edit(graph):\n    graph.outputs[0].dtype = None\n    return graph", "type"),
+        ("def edit(graph):\n    graph.nodes.clear()\n    return graph", "left an output that no node makes"),
     ],
 )
 def test_says_where_a_script_fails(tmp_path: Path, body: str, message: str) -> None:
-    with pytest.raises(passes.PassError, match=message):
+    with pytest.raises(passes.PassError, match=message) as caught:
         run(script(tmp_path, body))
+    assert isinstance(caught.value.__cause__, ir.IRError | None)  # a Python error behind it would read as a mistake of ours
 
 
 def test_says_which_file_is_missing(tmp_path: Path) -> None:
