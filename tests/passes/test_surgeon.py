@@ -94,7 +94,8 @@ def test_needs_permission(tmp_path: Path) -> None:
 def test_says_where_a_script_fails(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(passes.PassError, match=message) as caught:
         run(script(tmp_path, body))
-    assert isinstance(caught.value.__cause__, ir.IRError | None)  # a Python error behind it would read as a mistake of ours
+    # A Python error behind it would read as a mistake of ours.
+    assert isinstance(caught.value.__cause__, ir.IRError | None)
 
 
 def test_says_which_file_is_missing(tmp_path: Path) -> None:
