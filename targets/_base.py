@@ -73,6 +73,13 @@ class Target:
             TargetError: naming the input, and what to do.
         """
 
+    def check_nodes(self, model: onnx_ir.Model) -> None:
+        """Refuse, after the passes and before anything is written, nodes that no kernel can take.
+
+        Raises:
+            TargetError: naming the node, and what to do.
+        """
+
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
         """Build the model into `folder`, which exists and is empty."""
         raise TypeError(f"{self.name} builds no artefact")

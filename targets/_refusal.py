@@ -72,13 +72,41 @@ def refusal(node: onnx_ir.Node, target: str) -> str:
     """Why a target does not take a node, and what to do."""
     match node.op_type:
         case "If":
-            advice = "fix the input that decides it: --passes 'specialize{input=value},fold-constants'"
+            advice = _advice_on_if(node)
         case "Loop" | "Scan":
             advice = "unroll it before the export from its framework, or build --target onnx"
         case _:
             advice = "build --target onnx, which keeps every op"
     name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return f"{where(node)}: {target} has no kernel for {name}; {advice}"
+
+
+def _advice_on_if(node: onnx_ir.Node) -> str:
+    """How the branch may be settled: by the inputs that decide it, or by folding where shapes alone do."""
+    names = _deciding(node.inputs[0])
+    if not names:
+        return "its condition follows from constants and shapes: --passes fold-constants"
+    values = " ".join(f"{name}=VALUE" for name in names)
+    decide = "the input that decides" if len(names) == 1 else "the inputs that decide"
+    return f"fix {decide} it: --passes 'specialize{{{values}}},fold-constants'"
+
+
+def _deciding(value: onnx_ir.Value | None) -> list[str]:
+    """The inputs of the model whose values, not shapes alone, a value is computed from."""
+    found: dict[str, None] = {}
+    seen: set[onnx_ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        maker = current.producer()
+        if maker is None and current.is_graph_input():
+            found[str(current.name)] = None
+        elif maker is not None and maker.op_type not in ("Shape", "Size"):
+            waiting += maker.inputs
+    return sorted(found)
 
 
 def where(node: onnx_ir.Node) -> str:

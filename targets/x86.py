@@ -71,10 +71,18 @@ class X86(Target):
         check(model, self.name)
         _installed.check_compiler()
 
+    def check_nodes(self, model: onnx_ir.Model) -> None:
+        """Refuse control flow that the passes left.
+
+        Raises:
+            TargetError: naming the node, and what to do.
+        """
+        check_nodes(model, self.name)
+
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
         """Build the artefact into `folder`, which exists and is empty."""
         self.check(model)
-        check_nodes(model, self.name)
+        self.check_nodes(model)
         machine = self.machine()
         answer = _process.build(model, folder, machine, form=self.form, prefix=self.prefix, progress=progress)
         inputs = _inputs(model)

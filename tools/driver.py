@@ -183,6 +183,8 @@ def _compress(request: Request, reference: onnx_ir.Model, stages: _Stages, store
     )
     with stages.stage("passes"):
         result = passes.run(model, request.pipeline, ctx, stop_after=request.stop_after, dump=dump)
+    for target in request.targets:
+        target.check_nodes(result.model)
     timings = {
         "schema_version": passes.SCHEMA_VERSION,
         "stages": stages.seconds,

@@ -28,7 +28,17 @@ def test_control_flow_names_the_node_and_the_pass(tmp_path: Path) -> None:
         y = If (c) <then_branch = a () => (float[3] p) {{ p = Relu(x) }},
                     else_branch = b () => (float[3] q) {{ q = Neg(x) }}>
     }}"""
-    with pytest.raises(targets.TargetError, match=r"If .*specialize\{input=value\},fold-constants"):
+    with pytest.raises(targets.TargetError, match=r"If .*'specialize\{c=VALUE\},fold-constants'"):
+        targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
+
+
+def test_a_branch_that_a_shape_decides_needs_folding_alone(tmp_path: Path) -> None:
+    text = f"""{HEADER} g (float[3] x) => (float[3] y) {{
+        s = Shape (x)  n = Squeeze (s)  three = Constant <value_int = 3> ()  c = Equal (n, three)
+        y = If (c) <then_branch = a () => (float[3] p) {{ p = Relu(x) }},
+                    else_branch = b () => (float[3] q) {{ q = Neg(x) }}>
+    }}"""
+    with pytest.raises(targets.TargetError, match=r"If .*follows from constants and shapes: --passes fold-constants$"):
         targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
 from mc_opt import ir
@@ -158,6 +160,24 @@ def test_run_a_model_on_data(mc_opt: Run, mlp: Path, tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     assert "5 samples" in ran.out and "label" in ran.out
     assert np.load(tmp_path / "y.npz")["y"].shape == (5, 4)
+
+
+def test_run_refuses_a_state_that_is_not_there(mc_opt: Run, mlp: Path) -> None:
+    ran = mc_opt("run", mlp, "--state", "h=x")
+    assert ran.code == 4 and "no output 'h'" in ran.error
+
+
+def test_run_begins_a_sequence_anew_with_every_file(mc_opt: Run, tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[2] x, float[2] s) => (float[2] y) { y = Add (x, s) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "sum.onnx")
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        np.savez(tmp_path / "data" / f"{name}.npz", x=np.ones((2, 2), np.float32))
+    ran = mc_opt(
+        "run", tmp_path / "sum.onnx", "--data", tmp_path / "data", "--state", "y=s", "-o", tmp_path / "out.npz"
+    )
+    assert ran.code == 0, ran.err
+    assert np.load(tmp_path / "out.npz")["y"][:, 0].tolist() == [1, 2, 1, 2]
 
 
 def test_run_without_data_says_so(mc_opt: Run, mlp: Path) -> None:

@@ -48,8 +48,9 @@ def command(
     carried = _texts.pairs(states, "--state")
     onnx_file = model / "model.onnx" if model.is_dir() else model
     source = ir.load_model(onnx_file, check="structure")
+    ir.check_states(source, carried)
     if data_path is None:
-        data = ir.seeded_data(source, 1, seed)
+        data = ir.seeded_data(source, 1, seed, states=carried)
         click.echo("warning: no --data: one seeded random sample; its numbers mean little", err=True)
     else:
         data = ir.load_data(data_path, source, states=carried)
@@ -59,7 +60,7 @@ def command(
     state: dict[str, np.ndarray] = {}
     started = time.perf_counter()
     for sample in data:
-        outputs = run({**sample.inputs, **state})
+        outputs = run({**state, **sample.inputs})  # a sample that has a state itself begins a new sequence
         state = {into: outputs[out] for out, into in carried.items()}
         for key, value in outputs.items():
             columns.setdefault(key, []).append(np.asarray(value))
