@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mc_opt.tools.api import build, capture, compress, load, load_model, save_model
+    from mc_opt.tools.api import build, capture, compress, load, load_model, save_model, to_torch
 
 _EXPORTS = {
     "build": "mc_opt.tools.api",
@@ -17,9 +17,10 @@ _EXPORTS = {
     "load": "mc_opt.tools.api",
     "load_model": "mc_opt.tools.api",
     "save_model": "mc_opt.tools.api",
+    "to_torch": "mc_opt.tools.api",
 }
 
-__all__ = ["__version__", "build", "capture", "compress", "load", "load_model", "save_model"]
+__all__ = ["__version__", "build", "capture", "compress", "load", "load_model", "save_model", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import mc_opt` loads none of the rooms

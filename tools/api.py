@@ -62,6 +62,7 @@ def compress(
     target: str | Target | None = None,
     data: ir.Data | str | os.PathLike[str] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    states: Mapping[str, str] | None = None,
     check: passes.Check = "full",
     seed: int = 0,
     memory_limit: int = passes.MEMORY_LIMIT,
@@ -75,6 +76,7 @@ def compress(
         target: where the model will run, for passes that ask.
         data: real inputs for the checks and for passes that need some.
         shapes: input name to shape; fixes symbolic dimensions.
+        states: recurrent states that the data carries, output name to input name.
         check: `"full"` runs the models in ONNX Runtime, `"structure"` reads no weights.
         seed: of every random choice.
         memory_limit: bytes above which checks that load all weights are skipped.
@@ -93,6 +95,7 @@ def compress(
         pipeline=_pipeline(recipe),
         targets=tuple(t for t in (_target(target),) if t is not None),
         shapes=shapes or {},
+        states=states or {},
         data=Path(data) if isinstance(data, str | os.PathLike) else data,
         check=check,
         seed=seed,
@@ -108,6 +111,7 @@ def build(
     target: str | Target | Sequence[str | Target],
     out: str | os.PathLike[str],
     *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     check: passes.Check = "full",
 ) -> Report:
     """Build a model for one or more targets into the folder `out`, beside its ONNX file and its report.
@@ -116,11 +120,13 @@ def build(
         model: a model or the path of an ONNX file.
         target: `"x86"`, `"x86{cpu=x86-64-v3}"`, a Target, or several.
         out: the folder; an earlier output there is replaced.
+        shapes: input name to shape; fixes symbolic dimensions, which no kernel takes.
         check: as in `compress`.
     """
     several = [target] if isinstance(target, str | Target) else target
     chosen = [made for item in several for made in (targets.parse_targets(item) if isinstance(item, str) else [item])]
-    return compile_model(Request(model=_model(model), targets=tuple(chosen), out=Path(out), check=check)).report
+    request = Request(model=_model(model), targets=tuple(chosen), out=Path(out), shapes=shapes or {}, check=check)
+    return compile_model(request).report
 
 
 def load(out: str | os.PathLike[str], target: str | None = None) -> Artefact:
@@ -133,6 +139,15 @@ def load(out: str | os.PathLike[str], target: str | None = None) -> Artefact:
         target: which target; the one that this machine runs if None.
     """
     return targets.load_artefact(Path(out), target)
+
+
+def to_torch(model: onnx_ir.Model) -> Any:
+    """The model as a `torch.fx.GraphModule` of the same meaning, differentiable (needs torch).
+
+    Raises:
+        IRError: an op has no torch meaning yet; the text names the file where it would live.
+    """
+    return ir.interpret(model)
 
 
 def _model(model: onnx_ir.Model | str | os.PathLike[str]) -> onnx_ir.Model | Path:

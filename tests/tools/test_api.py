@@ -56,6 +56,29 @@ def test_build_for_onnx_writes_the_file(path: Path) -> None:
     assert [t.name for t in report.targets] == ["onnx"]
 
 
+@pytest.mark.torch
+def test_a_model_is_a_torch_module(path: Path) -> None:
+    import torch
+
+    model = mc_opt.load_model(path)
+    (y,) = mc_opt.to_torch(model)(torch.ones(2, 4))
+    np.testing.assert_allclose(y.detach().numpy(), ir.Session(model).run({"x": np.ones((2, 4), np.float32)})["y"])
+
+
+def test_symbolic_shapes_and_states_can_be_given(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[n,4] x, float[n,4] s) => (float[n,4] y) { y = Add (x, s) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "sum.onnx")
+    shapes = {"x": (1, 4), "s": (1, 4)}
+    np.savez(tmp_path / "x.npz", x=np.ones((3, 4), np.float32))
+    model, _ = mc_opt.compress(
+        tmp_path / "sum.onnx", [Toy()], data=tmp_path / "x.npz", shapes=shapes, states={"y": "s"}
+    )
+    assert ir.type_text(model.graph.outputs[0]) == "f32[1,4]"
+    mc_opt.build(tmp_path / "sum.onnx", "onnx", tmp_path / "out", shapes=shapes)
+    assert ir.type_text(mc_opt.load_model(tmp_path / "out/model.onnx").graph.inputs[0]) == "f32[1,4]"
+
+
 def test_importing_the_package_loads_no_room() -> None:
     code = "import sys, mc_opt, mc_opt.passes; print({'onnx', 'onnx_ir', 'torch', 'tvm'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
