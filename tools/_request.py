@@ -31,7 +31,7 @@ def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
 _PATH = click.Path(path_type=Path)
 
 pass_options = _stack(
-    click.option("--passes", metavar="LIST", help="Passes in order, as in 'fold-batch-norm,denseshift{bits=4}'."),
+    click.option("--passes", metavar="LIST", help="Passes in order, as in 'first,second{option=value}'."),
     click.option("--recipe", metavar="FILE", type=_PATH, help="A TOML file of passes, instead of --passes."),
 )
 torch_option = click.option(
