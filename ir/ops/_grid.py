@@ -48,7 +48,9 @@ class Grid:
         """The part of an overload that names this form."""
         kinds = "_".join(f"{name[0]}{kind}" for name, kind in self.kinds.items())
         perm = "".join(map(str, self.geometry.perm)) if self.geometry.is_transposed else "0"
-        return f"{kinds}.{self.form}.p{perm}"
+        # The body of a short group counts the columns, by the axes that are not rows.
+        axes = f"{len(self.geometry.axes)}of{len(self.geometry.perm)}" if self.form == "short" else ""
+        return f"{kinds}.{self.form}{axes}.p{perm}"
 
 
 def kind(rows: int, groups: int) -> str:

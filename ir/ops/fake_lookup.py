@@ -173,6 +173,7 @@ class FakeLookup(Op):
             yield _sample(rng, f"{name}-short", n=7, shape=(6, 11), group_size=3, **extents)
             yield _sample(rng, f"{name}-transposed", n=4, shape=(11, 6), axes=(1,), group_size=3, **extents)
         yield _sample(rng, "conv", n=16, shape=(8, 3, 3, 3), scale=(8, 1))
+        yield _sample(rng, "conv-short", n=7, shape=(8, 3, 3, 3), scale=(8, 7), group_size=4)
         yield _sample(rng, "lstm", n=16, shape=(2, 8, 5), axes=(0, 1), scale=(16, 1))
         ties = np.array([[-1.5, -0.75, 0.0, 0.75, 1.5, 3.0]], np.float32)
         yield Example("ties", (ties, np.array([-2, -1, -0.5, 0.5, 1, 2], np.float32)), {})

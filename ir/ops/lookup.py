@@ -228,6 +228,8 @@ class Lookup(Op):
             yield _sample(rng, f"{name}-short", bits=4, shape=(6, 11), group_size=3, **extents)
             yield _sample(rng, f"{name}-transposed", bits=2, shape=(11, 6), axes=(1,), group_size=3, **extents)
         yield _sample(rng, "conv", bits=4, shape=(8, 3, 3, 3), scale=(8, 1))
+        yield _sample(rng, "conv-short", bits=4, shape=(8, 3, 3, 3), scale=(8, 7), group_size=4)
+        yield _sample(rng, "lstm-short", bits=4, shape=(2, 8, 5), axes=(0, 1), scale=(16, 2), group_size=3)
         yield _sample(rng, "conv-transpose", bits=5, shape=(3, 8, 2, 2), axes=(1,), scale=(8, 3), group_size=4)
         yield _sample(rng, "lstm", bits=4, shape=(2, 8, 5), axes=(0, 1), scale=(16, 1))
         yield _sample(rng, "batched", bits=6, shape=(2, 5, 3), axes=(0, 2), scale=(6, 1))
