@@ -112,18 +112,17 @@ def _direction(
     wide = min(range(1, min(rows, limit) + 1), key=lambda v: (-(-rows // v) * (v + 2), -v))
     tile = Tile(1, wide, cell.gates * cell.lanes, cell.lanes)
     source = e.reshape(e.plain(x), (rows, e.shape(x)[2]))
-    pack = functools.partial(_pack, cell)
     added, separate = _biases(cell, bias)
     inputs = product(
         e,
         source,
-        _packed(e, w, pack),
+        _packed(e, cell, w),
         None if added is None else e.weight(added),
         tile=tile,
         columns=columns,
         name="gates",
     )
-    arguments = [inputs, _packed(e, r, pack), _initial(e, cell, initial_h)]
+    arguments = [inputs, _packed(e, cell, r), _initial(e, cell, initial_h)]
     if cell.kind == "LSTM":
         arguments.append(_initial(e, cell, initial_c))
     if cell.kind == "GRU" and cell.linear:
@@ -140,14 +139,25 @@ def _direction(
     return list(e.call(function, arguments, outputs, name=cell.kind.lower()))
 
 
-def _packed(e: Emitter, weight: onnx_ir.Value, pack: _weights.Pack) -> relax.Expr:
-    packed = _weights.packed(e, weight, pack)
-    if packed is None:
-        raise TargetError(
-            f"{weight.name}: a recurrent weight is computed by the model, or its codes have rows across the gates;"
-            " expected a constant or a Lookup with axes=[0, 1]; run fold-constants first"
-        )
-    return packed
+def _packed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value) -> relax.Expr:
+    packed = _weights.packed(e, weight, functools.partial(_pack, cell))
+    return _pack_computed(e, cell, weight) if packed is None else packed
+
+
+def _pack_computed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value) -> relax.Expr:
+    """What `_pack` makes, of a weight that kernels make first, such as the sum of two Lookups."""
+
+    def fill(a: te.Tensor) -> te.Tensor:
+        def element(tile: Any, k: Any, column: Any) -> Any:
+            unit = tile * cell.lanes + column % cell.lanes
+            value = a(cell.direction, column // cell.lanes * cell.hidden + unit, k)
+            if cell.width == cell.hidden:
+                return value
+            return tirx.if_then_else(unit < cell.hidden, value, tirx.const(0, a.dtype))
+
+        return te.compute((cell.tiles, a.shape[2], cell.gates * cell.lanes), element, name="pack")
+
+    return e.te(fill, e.plain(weight), name="pack")
 
 
 def _pack(cell: _cells.Cell, weight: np.ndarray) -> np.ndarray:

@@ -80,6 +80,15 @@ def test_other_activations():
     check(*_recurrent("LSTM", extra=', activations=["Sigmoid", "Relu", "Tanh"]'))
 
 
+@pytest.mark.parametrize(("op", "hidden"), [("LSTM", 13), ("GRU", 16)])
+def test_weights_that_other_kernels_make(op, hidden):
+    text, weights = _recurrent(op, hidden=hidden, direction="bidirectional")
+    shapes = {name: ",".join(map(str, weights[name].shape)) for name in "wr"}
+    # As the terms of a sum of codes: what the recurrent kernel reads is no constant.
+    text = text.replace(" x)", f" x, float[{shapes['w']}] w, float[{shapes['r']}] r)", 1)
+    check(text, {"b": weights["b"]})
+
+
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [(', activations=["Elu"]', "activation 'Elu'; expected one of"), (", layout=1", "layout=1")],
