@@ -101,6 +101,8 @@ class _Walk:
         for node in graph:
             self._node(node, added)
         self._outputs(graph.outputs, f"graph {graph.name!r}")
+        if graph is self.model.graph:
+            _check_parted(graph)
         for name in added:
             del self.known[name]
 
@@ -199,6 +201,17 @@ class _Walk:
             f"{user} takes {value.name!r} before {where(producer)} makes it, or from a subgraph that is not around "
             "it; sort the graph"
         )
+
+
+def _check_parted(graph: onnx_ir.Graph) -> None:
+    """A run gives its results by name, so no two outputs may be one value."""
+    seen: set[onnx_ir.Value] = set()
+    for value in graph.outputs:
+        if value in seen:
+            raise IRError(
+                f"{value.name}: is an output of the graph twice, expected a name for each; copy it by an Identity"
+            )
+        seen.add(value)
 
 
 def _check_ours(node: onnx_ir.Node) -> None:

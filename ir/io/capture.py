@@ -18,7 +18,7 @@ import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mc_opt.ir.errors import IRError, OptionError
-from mc_opt.ir.io.load import prepare
+from mc_opt.ir.io.load import copy_output, prepare
 from mc_opt.ir.io.read import SOURCE, Source
 from mc_opt.ir.io.weightless import graphs
 
@@ -79,8 +79,8 @@ def capture(
         kwargs=kwargs,
         dynamic_shapes=dynamic_shapes,
         input_names=input_names,
-        output_names=output_names,
     )
+    _name_outputs(model.graph, output_names or (), where)
     _check_inference(model, where)
     for graph in graphs(model):
         for name, value in graph.initializers.items():
@@ -213,6 +213,20 @@ def _root(error: BaseException) -> BaseException:
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def _name_outputs(graph: onnx_ir.Graph, names: Sequence[str], where: str) -> None:
+    """Name the outputs; the exporter would rename an input that is returned, and one value returned twice twice."""
+    if len(names) > len(graph.outputs):
+        raise IRError(f"{where}: {len(names)} output_names for {len(graph.outputs)} outputs; give one for each")
+    done: set[onnx_ir.Value] = set()
+    for index, name in enumerate(names):
+        value = graph.outputs[index]
+        if value in done or value.producer() is None:
+            copy_output(graph, index, name)
+        else:
+            value.name = name
+        done.add(value)
 
 
 def _copy(tensor: onnx_ir.TensorProtocol | None, name: str) -> onnx_ir.TensorProtocol | None:

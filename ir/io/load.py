@@ -18,6 +18,7 @@ from mc_opt.ir.io.read import SOURCE, read_model
 from mc_opt.ir.io.shapes import fix_shapes, infer_shapes
 from mc_opt.ir.io.weightless import graphs
 from mc_opt.ir.op import DOMAIN, VERSION, add_functions
+from mc_opt.ir.rewrite import free_name
 
 Check = Literal["full", "structure"]
 # Below this many elements a Constant node stays a node: axes and paddings read better in place.
@@ -53,8 +54,8 @@ def load_model(
     """Read an ONNX file and bring it to the form that passes work on.
 
     Initialisers are no longer inputs, Constant tensors of 16 elements and more are initialisers, the opset is
-    21 or newer, every node has a name of its own, types and shapes are inferred. External data is memory-mapped.
-    Functions of our own ops are made anew. `model.meta["mc_opt.source"]` holds the `Source`.
+    21 or newer, every node and every output has a name of its own, types and shapes are inferred. External data
+    is memory-mapped. Functions of our own ops are made anew. `model.meta["mc_opt.source"]` holds the `Source`.
 
     Args:
         path: the file.
@@ -88,6 +89,7 @@ def prepare(
             add_functions(model)
         except IRError as error:
             raise IRError(f"{where}: {error}") from error
+    part_outputs(model.graph)
     _name_nodes(model)
     if shapes:
         fix_shapes(model, shapes)
@@ -101,6 +103,25 @@ def prepare(
         case _:
             assert_never(check)
     return model
+
+
+def part_outputs(graph: onnx_ir.Graph) -> None:
+    """Give an output that is another one over again a value of its own: results are told apart by their names."""
+    seen: set[onnx_ir.Value] = set()
+    for index, value in enumerate(graph.outputs):
+        if value in seen:
+            copy_output(graph, index, free_name(graph, value.name or "output"))
+        seen.add(value)
+
+
+def copy_output(graph: onnx_ir.Graph, index: int, name: str) -> None:
+    """Make an output of the graph a copy, called `name`, of the value that it was."""
+    value = graph.outputs[index]
+    node = onnx_ir.node("Identity", [value])
+    copy = node.outputs[0]
+    copy.name, copy.type, copy.shape = name, value.type, value.shape
+    graph.append(node)
+    graph.outputs[index] = copy
 
 
 def check_finite(model: onnx_ir.Model, where: str) -> None:

@@ -122,6 +122,23 @@ def test_fx_and_exported_programs_and_open_dimensions() -> None:
         assert {"0.weight", "0.bias", "1.running_var"} <= set(model.graph.initializers)
 
 
+def test_a_tensor_returned_twice_is_two_outputs(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            y = x + 1
+            return y, y, x
+
+    x = torch.randn(2, 3)
+    model = ir.capture(Twice().eval(), x, output_names=["a", "b", "c"])
+    assert ([v.name for v in model.graph.inputs], [v.name for v in model.graph.outputs]) == (["x"], ["a", "b", "c"])
+    model = ir.capture(Twice().eval(), x)
+    ir.verify(model)
+    results = ir.Session(ir.save_model(model, tmp_path).paths[0]).run({"x": x.numpy()})
+    assert len(results) == 3
+    for actual, expected in zip(results.values(), (x + 1, x + 1, x), strict=True):
+        np.testing.assert_array_equal(actual, expected.numpy())
+
+
 def refusal(*arguments: Any) -> str:
     with pytest.raises(ir.IRError) as caught:
         ir.capture(*arguments)

@@ -215,6 +215,16 @@ def test_duplicate_node_names_get_a_name_of_their_own(tmp_path: Path) -> None:
     assert [n.name for n in ir.load_model(tmp_path / "m.onnx").graph] == ["same", "same.1"]
 
 
+def test_a_value_that_is_two_outputs_gets_two_names(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(LINEAR)
+    proto.graph.output.append(proto.graph.output[0])
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    model = ir.load_model(tmp_path / "m.onnx")
+    ir.verify(model)
+    assert [v.name for v in model.graph.outputs] == ["y", "y.1"]
+    assert model.graph.outputs[1].shape == model.graph.outputs[0].shape
+
+
 def test_an_unsorted_graph_is_sorted(tmp_path: Path) -> None:
     proto = onnx.parser.parse_model(LINEAR)
     proto.graph.node.reverse()

@@ -71,6 +71,11 @@ def test_a_name_for_two_values(model: onnx_ir.Model) -> None:
     refused(model, "x: the name stands for two values.*an output of MatMul.*take new names from ir.free_name")
 
 
+def test_a_value_that_is_two_outputs(model: onnx_ir.Model) -> None:
+    model.graph.outputs.append(model.graph.outputs[0])
+    refused(model, "y: is an output of the graph twice, expected a name for each; copy it by an Identity")
+
+
 def test_a_name_of_a_subgraph_and_its_outside(model: onnx_ir.Model) -> None:
     value(model, "t").name = "h"
     refused(model, "h: the name stands for two values")
