@@ -12,6 +12,7 @@ import onnx
 import onnx_ir
 
 from mc_opt.ir.errors import IRError
+from mc_opt.ir.infer import misfit
 from mc_opt.ir.op import DOMAIN, VERSION, find_op, is_ours, where
 from mc_opt.ir.views import find_cycle, subgraphs
 
@@ -22,6 +23,7 @@ OLDEST_IR = 10
 # The checker reads small constants (axes, shapes, paddings); larger ones it gets as inputs of their type.
 _SMALL = 1024
 _STANDARD = ("", "ai.onnx")
+_MEND = "correct the node, or the shape of an input"
 
 
 def verify(model: onnx_ir.Model, *, level: Level = "full") -> None:
@@ -173,6 +175,9 @@ class _Walk:
         if foreign or any(v is not None and v in self.untyped for v in (*node.inputs, *inner)):
             self.untyped.add(value)
         elif value.uses() or value.is_graph_output():
+            reason = misfit(node, self.model)
+            if reason is not None:
+                raise IRError(f"{reason}; {_MEND}")
             raise IRError(f"{where(node)}: output {value.name!r} has no type, expected one; set type and shape")
 
     def _outputs(self, outputs: Iterable[onnx_ir.Value], owner: str) -> None:
@@ -262,6 +267,10 @@ def _run_checker(model: onnx_ir.Model) -> None:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        inference = isinstance(error, onnx.shape_inference.InferenceError)
+        for node in model.graph.all_nodes() if inference else ():
+            if node.domain in _STANDARD and (reason := misfit(node, model)) is not None:
+                raise IRError(f"{reason}; {_MEND}") from error
         text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
         raise IRError(f"model: onnx's checker says: {text}; expected a valid model, correct the node") from error
 

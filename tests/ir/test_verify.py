@@ -91,6 +91,16 @@ def test_a_value_without_a_type(model: onnx_ir.Model) -> None:
     refused(model, "h: MatMul: output 'h' has no type, expected one; set type and shape")
 
 
+@pytest.mark.parametrize("node", ["h = MatMul(x, w) y = Relu(h)", "y = MatMul(x, w)"])
+def test_shapes_that_do_not_fit_are_named(node: str) -> None:
+    weight = "<float[3,4] w = {1,2,3,4,5,6,7,8,9,10,11,12}>"
+    text = f'<ir_version: 10, opset_import: ["": 21]> g (float[2,9] x) => (float[2,4] y) {weight} {{ {node} }}'
+    reason = (
+        "takes x FLOAT\\[2,9\\], w FLOAT\\[3,4\\]: incompatible dimensions for matrix multiplication; correct the node"
+    )
+    refused(typed(onnx.parser.parse_model(text)), f"^[hy]: MatMul: {reason}, or the shape of an input$", level="full")
+
+
 def test_what_follows_a_foreign_op_may_lack_a_type() -> None:
     text = """<ir_version: 10, opset_import: ["": 21, "own": 1]> g (float[2] x) => (float[2] y) {
       a = own.Foo(x) b = Relu(a) y = Neg(b) }"""
