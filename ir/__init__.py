@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.run.interp import interpret
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
-    from mc_opt.ir.sites import Skip, WeightSite, layer_of, matches, weight_sites
+    from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, weight_sites
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
     from mc_opt.ir.views import (
@@ -95,6 +95,8 @@ _EXPORTS = {
     "unknown": "options",
     "Rule": "patterns",
     "apply_rules": "patterns",
+    "CAST_GROWTH": "sites",
+    "GROWTH": "sites",
     "Skip": "sites",
     "WeightSite": "sites",
     "free_name": "rewrite",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,11 @@ from mc_opt.ir.errors import IRError
 from mc_opt.ir.op import DOMAIN, is_ours
 
 LAYER = "mc_opt.layer"
+
+GROWTH = 1 << 16
+"""Folding may store so many bytes more than the constants that it frees."""
+CAST_GROWTH = 1 << 10
+"""The same where it casts: a cast to a wider type is how weights are kept small, so fold scalars, not weights."""
 
 FLOATS = (
     onnx_ir.DataType.FLOAT,
@@ -197,7 +203,28 @@ class _Walk:
             return Skip(f"held by {_title(producer)} itself: too small to be worth compressing")
         if producer.op_type == "DequantizeLinear":
             return Skip(f"quantised already: made by {_title(producer)}")
+        stored = value.dtype.itemsize * math.prod(d for d in value.shape or () if isinstance(d, int))
+        freed = self._freed(value)
+        if stored > freed + (CAST_GROWTH if producer.op_type == "Cast" else GROWTH):
+            return Skip(
+                f"computed by {_title(producer)}, and fold-constants leaves it: it would store {int(stored)} bytes "
+                f"and free {freed}; make it an initialiser"
+            )
         return Skip(f"computed by {_title(producer)}, not constant; run fold-constants first")
+
+    def _freed(self, value: onnx_ir.Value) -> int:
+        """Bytes of the initialisers that a constant follows from and nothing else reads."""
+        stack, seen, total = [value], {value}, 0
+        while stack:
+            item = stack.pop()
+            producer = item.producer()
+            if producer is not None:
+                fresh = [v for v in producer.inputs if v is not None and v not in seen]
+                seen.update(fresh)
+                stack += fresh
+            elif item.const_value is not None and all(self._is_constant(u.node.outputs[0]) for u in item.uses()):
+                total += item.const_value.nbytes
+        return total
 
     def _is_constant(self, value: onnx_ir.Value) -> bool:
         """Whether a value follows from initialisers alone."""

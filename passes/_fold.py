@@ -19,7 +19,7 @@ import onnx_ir.passes.common
 from mc_opt import ir
 from mc_opt.passes import _branch
 from mc_opt.passes._base import Context
-from mc_opt.passes._region import GROWTH, Region, constant, inputs_read, regions, result_bytes
+from mc_opt.passes._region import Region, constant, inputs_read, regions, result_bytes
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Folding:
                 continue  # what it reads was left alone
             read = sum(t.nbytes for v in inputs_read(node) if (t := constant(v)) is not None)
             made = result_bytes(node)
-            if read + (made or 0) > (self.limit if made is not None else GROWTH):
+            if read + (made or 0) > (self.limit if made is not None else ir.GROWTH):
                 size = "of unknown size" if made is None else f"of {(read + made) >> 20} MiB"
                 self._leave(node, f"folding it takes memory {size}, the limit is {self.limit >> 20} MiB")
                 continue

@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 
+from mc_opt import ir
 from mc_opt.passes import _branch
 
-GROWTH = 1 << 16
-"""A region may store so many bytes more than the constants that it frees."""
-
-_CAST_GROWTH = 1 << 10  # a cast to a wider type is how weights are kept small: fold scalars, not weights
 _SHARED = 1 << 10  # constants below this many bytes do not tie the regions that read them together
 
 _MIN_WEIGHT = 16  # elements from which a constant counts as a weight whose name people know
@@ -48,7 +45,7 @@ class Region:
     @property
     def reason(self) -> str | None:
         """Why it stays; None if it is to be folded."""
-        if self.stored <= self.freed + (_CAST_GROWTH if self.casts else GROWTH):
+        if self.stored <= self.freed + (ir.CAST_GROWTH if self.casts else ir.GROWTH):
             return None
         return f"folding it would store {self.stored} bytes and free {self.freed}"
 

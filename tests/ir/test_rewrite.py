@@ -127,6 +127,13 @@ def test_declined_with_a_reason(body: str, reason: str) -> None:
 def test_computed_and_quantised_operands_are_named() -> None:
     transposed = parse("t = Transpose(w) y = MatMul(x, t)", w=weight(8, 8))
     assert skipped(transposed)["t"] == "computed by Transpose 't', not constant; run fold-constants first"
+    made = parse("c = ConstantOfShape(s) y = MatMul(x, c)", s=np.array([8, 4096]))
+    assert skipped(made)["c"] == (
+        "computed by ConstantOfShape 'c', and fold-constants leaves it: it would store 131072 bytes and free 16; "
+        "make it an initialiser"
+    )
+    half = parse("c = Cast<to=1>(w) y = MatMul(x, c)", w=weight(8, 512, dtype="float16"))
+    assert "and fold-constants leaves it: it would store 16384 bytes and free 8192" in skipped(half)["c"]
     quantised = parse(
         "d = DequantizeLinear(q, s) y = MatMul(x, d)", q=np.ones((8, 4), np.int8), s=np.array(0.5, np.float32)
     )
