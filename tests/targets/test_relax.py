@@ -177,6 +177,39 @@ def test_reductions(tmp_path: Path) -> None:
     check(tmp_path, text, {"x": x, "ties": ties})
 
 
+EINSUMS = [
+    ("float[2,3,5]", "bij,bjk->bik", "a, b"),
+    ("float[2,3,5]", "bij, bjk", "a, b"),
+    ("float[2,5,3]", "...ij,...jk->...ki", "a, b"),
+    ("float[2,3,3]", "...ij,kj->...ik", "a, c"),
+    ("float[2,4,3,3]", "bij,kj->bjki", "a, c"),
+    ("float[2,3,7]", "bij,jn->bin", "a, w"),
+    ("float[7,2]", "jn,bij->nb", "w, a"),
+    ("float[2,3,5]", "...ij,...jk->...ik", "a, one"),
+    ("float[2,3]", "bij->bi", "a"),
+    ("float[4,2,3]", "bij->jbi", "a"),
+    ("float", "ii->", "square"),
+    ("float[4]", "...ii->...i", "square"),
+    ("float[2,3,7]", "bij,kj,jn->bkn", "a, c, w"),
+    ("double[3,5]", "ij,jk->ik", "d, f"),
+    ("int64[3]", "ij,j->i", "p, q"),
+    ("float", "bij,bij->", "a, a"),
+]
+
+
+def test_einsum(tmp_path: Path) -> None:
+    lines = [(kind, f'Einsum<equation="{equation}">({operands})') for kind, equation, operands in EINSUMS]
+    shapes = {"a": (2, 3, 4), "b": (2, 4, 5), "c": (3, 4), "one": (1, 4, 5), "square": (4, 4)}
+    feeds = {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    inputs = [f"float[{','.join(map(str, shape))}] {name}" for name, shape in shapes.items()]
+    inputs += ["double[3,4] d", "double[4,5] f", "int64[3,4] p", "int64[4] q"]
+    feeds |= {"d": RNG.standard_normal((3, 4)), "f": RNG.standard_normal((4, 5))}
+    feeds |= {"p": RNG.integers(-9, 9, (3, 4)), "q": RNG.integers(-9, 9, 4)}
+    weights = f"float[4,7] w = {{{', '.join(f'{v:.6f}' for v in RNG.standard_normal(28))}}}"
+    # Sums of up to 24 products, added in another order than ONNX Runtime's.
+    check(tmp_path, graph(", ".join(inputs), lines, weights), feeds, atol=1e-5)
+
+
 LAYOUT = """
 g (float[1,8,6,6] x) => (float[1,4,12,12] up, float[1,16] flat, float[1,6,6,8] last, float[1,16,6,6] gated) {
   a = Conv<pads=[1,1,1,1]>(x, w)
