@@ -210,6 +210,28 @@ def test_einsum(tmp_path: Path) -> None:
     check(tmp_path, graph(", ".join(inputs), lines, weights), feeds, atol=1e-5)
 
 
+def test_top_k(tmp_path: Path) -> None:
+    nodes = [
+        ("float[3,4,2]", "TopK(x, two)"),
+        ("float[2,4,5]", "TopK<axis=0, largest=0>(x, two)"),
+        ("float[3,2,5]", "TopK<axis=1>(ties, two)"),
+        ("float[3,2,5]", "TopK<axis=1, largest=0>(ties, two)"),
+        ("float[3,4,5]", "TopK(ties, five)"),
+        ("int64[2]", "TopK(a, two)"),
+        ("int64[2]", "TopK<largest=0>(a, two)"),
+    ]
+    outputs = ", ".join(f"{kind} v{k}, {kind.replace('float', 'int64')} i{k}" for k, (kind, _) in enumerate(nodes))
+    body = "\n".join(f"v{k}, i{k} = {node}" for k, (_, node) in enumerate(nodes))
+    weights = "<int64[1] two = {2}, int64[1] five = {5}>"
+    text = f"g (float[3,4,5] x, float[3,4,5] ties, int64[9] a) => ({outputs}) {weights} {{\n{body}\n}}"
+    feeds = {
+        "x": RNG.standard_normal((3, 4, 5)).astype(np.float32),
+        "ties": RNG.integers(0, 3, (3, 4, 5)).astype(np.float32),
+        "a": RNG.integers(-99, 99, 9),
+    }
+    check(tmp_path, text, feeds)
+
+
 LAYOUT = """
 g (float[1,8,6,6] x) => (float[1,4,12,12] up, float[1,16] flat, float[1,6,6,8] last, float[1,16,6,6] gated) {
   a = Conv<pads=[1,1,1,1]>(x, w)
