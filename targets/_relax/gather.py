@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir
 from tvm import te, tirx
+from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
 from mc_opt.targets._relax.shape import first
-from mc_opt.targets.kernels import lookup
+from mc_opt.targets.kernels import _loops, lookup
 from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
@@ -126,9 +128,47 @@ def _scatter_nd(e: Emitter, node: onnx_ir.Node) -> None:
     e.set(node.outputs[0], e.te(fn, e.plain(x), flat, values, name="scatter_nd"))
 
 
+def _scatter_elements(e: Emitter, node: onnx_ir.Node) -> None:
+    """The updates one after the other: of two that hit one element the last stays, or both count."""
+    x, indices, updates = first(node), _second(node), node.inputs[2]
+    assert updates is not None
+    reduction = str(e.attribute(node, "reduction", "none"))
+    shape, picked, dtype = e.shape(x), e.shape(indices), e.dtype(x)
+    axis = e.attribute(node, "axis", 0) % len(shape)
+    size, count = math.prod(shape), math.prod(picked)
+    if count == 0:
+        e.alias(node.outputs[0], x)
+        return
+
+    def body(a: Any, index: Any, value: Any, y: Any) -> None:
+        with T.serial(0, size) as k:
+            T.buffer_store(y, a[k], [k])
+        with T.serial(0, count) as k:
+            place, rest, step = tirx.const(0, "int64"), k.astype("int64"), 1
+            for d in reversed(range(len(shape))):
+                along = _at(index[k].astype("int64"), shape[d]) if d == axis else rest % picked[d]
+                place, rest, step = place + along * step, rest // picked[d], step * shape[d]
+            T.buffer_store(y, _REDUCTIONS[reduction](y[place], value[k]), [place])
+
+    arguments = [((size,), dtype), ((count,), e.dtype(indices)), ((count,), dtype), ((size,), dtype)]
+    inputs = [e.reshape(e.plain(v), (math.prod(e.shape(v)),)) for v in (x, indices, updates)]
+    y = e.call(_loops.kernel(arguments, body), inputs, [((size,), dtype)], name="scatter_elements")[0]
+    e.set(node.outputs[0], e.reshape(y, shape))
+
+
+_REDUCTIONS: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "none": lambda _old, new: new,
+    "add": lambda old, new: old + new,
+    "mul": lambda old, new: old * new,
+    "max": tirx.max,
+    "min": tirx.min,
+}
+
+
 HANDLERS: dict[str, Handler] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
+    "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
 }

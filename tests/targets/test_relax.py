@@ -232,6 +232,28 @@ def test_top_k(tmp_path: Path) -> None:
     check(tmp_path, text, feeds)
 
 
+def test_scatter_elements(tmp_path: Path) -> None:
+    reductions = ["none", "add", "mul", "max", "min"]
+    lines = [
+        (f"float{s}", f'ScatterElements<axis={axis}, reduction="{name}">(x, at{axis}, u{axis})')
+        for name in reductions
+        for axis, s in ((0, "[3,4,5]"), (2, "[3,4,5]"))
+    ]
+    lines += [("int64[9]", f'ScatterElements<reduction="{name}">(a, i, v)') for name in ("none", "add")]
+    inputs = "float[3,4,5] x, int64[6,2,5] at0, float[6,2,5] u0, int64[3,4,2] at2, float[3,4,2] u2"
+    feeds = {
+        "x": RNG.standard_normal((3, 4, 5)).astype(np.float32),
+        "at0": RNG.integers(-3, 3, (6, 2, 5)),
+        "u0": RNG.standard_normal((6, 2, 5)).astype(np.float32),
+        "at2": RNG.integers(-5, 5, (3, 4, 2)),
+        "u2": RNG.standard_normal((3, 4, 2)).astype(np.float32),
+        "a": RNG.integers(-9, 9, 9),
+        "i": np.array([8, 0, -1, 3], np.int32),
+        "v": RNG.integers(-9, 9, 4),
+    }
+    check(tmp_path, graph(f"{inputs}, int64[9] a, int32[4] i, int64[4] v", lines), feeds)
+
+
 LAYOUT = """
 g (float[1,8,6,6] x) => (float[1,4,12,12] up, float[1,16] flat, float[1,6,6,8] last, float[1,16,6,6] gated) {
   a = Conv<pads=[1,1,1,1]>(x, w)
