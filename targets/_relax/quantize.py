@@ -1,12 +1,13 @@
-"""Ops that scale by a known channel: QuantizeLinear, DequantizeLinear, and a BatchNormalization that was not folded."""
+"""Ops of quantised models, QuantizeLinear, DequantizeLinear and MatMulInteger, and a BatchNormalization that stayed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir
-from tvm import tirx
+from tvm import te, tirx
 
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
@@ -94,8 +95,49 @@ def _quantize(e: Emitter, node: onnx_ir.Node) -> None:
     mapped(e, node.outputs[0], e.shape(x), operands, element, name="quantize", layout=e.layout(x))
 
 
+def _matmul_integer(e: Emitter, node: onnx_ir.Node) -> None:
+    """y = Σ_k (a − zero of the row) · (b − zero of the column) in int32, with numpy's broadcasting."""
+    a, b, *zeros = node.inputs
+    assert a is not None and b is not None
+    shape_a, shape_b = e.shape(a), e.shape(b)
+    matrix_a = (1, *shape_a) if len(shape_a) == 1 else shape_a
+    matrix_b = (*shape_b, 1) if len(shape_b) == 1 else shape_b
+    lead = np.broadcast_shapes(matrix_a[:-2], matrix_b[:-2])
+    full = (*lead, matrix_a[-2], matrix_b[-1])
+    operands = [e.reshape(e.plain(a), matrix_a), e.reshape(e.plain(b), matrix_b)]
+    points = [(1 - k, zero) for k, zero in enumerate(zeros) if zero is not None]  # a's zeros are a row's
+    for is_row, zero in points:
+        own = e.shape(zero)
+        operands.append(e.reshape(e.plain(zero), (*own, 1) if is_row and len(own) == 1 and own != (1,) else own))
+
+    def fn(*tensors: te.Tensor) -> te.Tensor:
+        k = te.reduce_axis((0, matrix_a[-1]), name="k")
+
+        def element(*i: Expr) -> Expr:
+            *outer, row, column = i
+            terms = [_aligned(tensors[0], (*outer, row, k)), _aligned(tensors[1], (*outer, k, column))]
+            for (is_row, _), zero in zip(points, tensors[2:], strict=True):
+                at = (*outer, row, 0) if is_row else (*outer, 0, column)
+                terms[1 - is_row] = terms[1 - is_row] - _aligned(zero, at)
+            return te.sum(terms[0] * terms[1], axis=k)
+
+        return te.compute(full, element, name="matmul_integer")
+
+    y = e.te(fn, *operands, name="matmul_integer")
+    rows = full[-2:-1] if len(shape_a) > 1 else ()
+    e.set(node.outputs[0], e.reshape(y, (*lead, *rows, *(full[-1:] if len(shape_b) > 1 else ()))))
+
+
+def _aligned(x: te.Tensor, index: Sequence[Expr]) -> Expr:
+    """An element of x as int32 at an index that may be longer; axes of length 1 broadcast."""
+    extents = [int(s) for s in x.shape]
+    own = index[len(index) - len(extents) :]
+    return x(*(0 if s == 1 else i for i, s in zip(own, extents, strict=True))).astype("int32")
+
+
 HANDLERS: dict[str, Handler] = {
     "BatchNormalization": _batch_norm,
     "DequantizeLinear": _dequantize,
+    "MatMulInteger": _matmul_integer,
     "QuantizeLinear": _quantize,
 }

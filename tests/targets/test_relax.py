@@ -254,6 +254,25 @@ def test_scatter_elements(tmp_path: Path) -> None:
     check(tmp_path, graph(f"{inputs}, int64[9] a, int32[4] i, int64[4] v", lines), feeds)
 
 
+def test_integer_products(tmp_path: Path) -> None:
+    lines = [
+        ("int32[2,3,5]", "MatMulInteger(a, w)"),
+        ("int32[2,3,5]", "MatMulInteger(a, w, five)"),
+        ("int32[2,3,5]", "MatMulInteger(a, w, five, each)"),
+        ("int32[2,3,5]", "MatMulInteger(a, u, , ten)"),
+        ("int32[2,3,5]", "MatMulInteger(a, batch, five, ten)"),
+    ]
+    inputs = "uint8[2,3,7] a, int8[7,5] w, uint8[7,5] u, uint8[2,7,5] batch"
+    feeds = {
+        "a": RNG.integers(0, 255, (2, 3, 7)).astype(np.uint8),
+        "w": RNG.integers(-128, 127, (7, 5)).astype(np.int8),
+        "u": RNG.integers(0, 255, (7, 5)).astype(np.uint8),
+        "batch": RNG.integers(0, 255, (2, 7, 5)).astype(np.uint8),
+    }
+    weights = "uint8 five = {5}, uint8 ten = {10}, int8[5] each = {1, -2, 3, -4, 5}"
+    check(tmp_path, graph(inputs, lines, weights), feeds)
+
+
 LAYOUT = """
 g (float[1,8,6,6] x) => (float[1,4,12,12] up, float[1,16] flat, float[1,6,6,8] last, float[1,16,6,6] gated) {
   a = Conv<pads=[1,1,1,1]>(x, w)
