@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-from tvm import te, tirx
+from tvm import relax, te, tirx
 
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
 from mc_opt.targets._relax.shape import first
+from mc_opt.targets.kernels import _tile, gemm
 
 Expr = Any
 
@@ -96,7 +97,7 @@ def _quantize(e: Emitter, node: onnx_ir.Node) -> None:
 
 
 def _matmul_integer(e: Emitter, node: onnx_ir.Node) -> None:
-    """y = Σ_k (a − zero of the row) · (b − zero of the column) in int32, with numpy's broadcasting."""
+    """y = Σ_k (a − zero of the row) · (b − zero of the column) in int32, by the tile of the float product."""
     a, b, *zeros = node.inputs
     assert a is not None and b is not None
     shape_a, shape_b = e.shape(a), e.shape(b)
@@ -104,28 +105,32 @@ def _matmul_integer(e: Emitter, node: onnx_ir.Node) -> None:
     matrix_b = (*shape_b, 1) if len(shape_b) == 1 else shape_b
     lead = np.broadcast_shapes(matrix_a[:-2], matrix_b[:-2])
     full = (*lead, matrix_a[-2], matrix_b[-1])
-    operands = [e.reshape(e.plain(a), matrix_a), e.reshape(e.plain(b), matrix_b)]
-    points = [(1 - k, zero) for k, zero in enumerate(zeros) if zero is not None]  # a's zeros are a row's
-    for is_row, zero in points:
+    left = _centred(e, a, matrix_a, zeros[0] if zeros else None, is_row=True)
+    right = _centred(e, b, matrix_b, zeros[1] if len(zeros) > 1 else None, is_row=False)
+    tile = _tile.choose(1, full[-2], full[-1], e.machine)
+    packed = gemm.pack_dynamic(e, right, tile.columns)
+    y = gemm.product(e, left, packed, None, tile=tile, columns=full[-1], name="matmul_integer")
+    rows = full[-2:-1] if len(shape_a) > 1 else ()
+    e.set(node.outputs[0], e.reshape(y, (*lead, *rows, *(full[-1:] if len(shape_b) > 1 else ()))))
+
+
+def _centred(
+    e: Emitter, value: onnx_ir.Value, shape: Sequence[int], zero: onnx_ir.Value | None, *, is_row: bool
+) -> relax.Expr:
+    """The codes [.., m, n] in int32, less the zero of all, of each row [m] or of each column [n]."""
+    operands = [e.reshape(e.plain(value), shape)]
+    if zero is not None:
         own = e.shape(zero)
         operands.append(e.reshape(e.plain(zero), (*own, 1) if is_row and len(own) == 1 and own != (1,) else own))
 
     def fn(*tensors: te.Tensor) -> te.Tensor:
-        k = te.reduce_axis((0, matrix_a[-1]), name="k")
-
         def element(*i: Expr) -> Expr:
-            *outer, row, column = i
-            terms = [_aligned(tensors[0], (*outer, row, k)), _aligned(tensors[1], (*outer, k, column))]
-            for (is_row, _), zero in zip(points, tensors[2:], strict=True):
-                at = (*outer, row, 0) if is_row else (*outer, 0, column)
-                terms[1 - is_row] = terms[1 - is_row] - _aligned(zero, at)
-            return te.sum(terms[0] * terms[1], axis=k)
+            code, *points = (_aligned(x, i) for x in tensors)
+            return code - points[0] if points else code
 
-        return te.compute(full, element, name="matmul_integer")
+        return te.compute(tuple(shape), element, name="centred")
 
-    y = e.te(fn, *operands, name="matmul_integer")
-    rows = full[-2:-1] if len(shape_a) > 1 else ()
-    e.set(node.outputs[0], e.reshape(y, (*lead, *rows, *(full[-1:] if len(shape_b) > 1 else ()))))
+    return e.te(fn, *operands, name="centred")
 
 
 def _aligned(x: te.Tensor, index: Sequence[Expr]) -> Expr:
