@@ -1,0 +1,74 @@
+"""How far a packed recurrent model may drift by rounding alone: the artefact and ONNX Runtime beside double precision.
+
+    python -m benchmarks.rounding
+    python -m benchmarks.rounding --passes 'denseshift{terms=2}'
+
+Resemblyzer's three LSTM layers over 1.6 s windows of speech, half a second apart, at the volume it was trained with.
+All three compute the same packed network, so that what differs is rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import mc_opt
+from mc_opt import ir
+from tests.models._fetch import fetch_public
+from tests.models.catalogue import resemblyzer
+from tests.models.inputs import RATE, mel_frames, speech
+
+WINDOW, HOP, VOLUME = int(1.6 * RATE), RATE // 2, 10 ** (-30 / 20)
+BOUND = 1e-4
+
+
+def windows(root: Path) -> list[np.ndarray]:
+    """Mel spectrograms [1, 160, 40] of windows at -30 dBFS."""
+    sound = speech(root)
+    result = []
+    for start in range(0, len(sound) - WINDOW, HOP):
+        part = sound[start : start + WINDOW]
+        loud = part * min(VOLUME / (float(np.sqrt((part**2).mean())) + 1e-9), 50)
+        result.append(mel_frames(loud)[None, :160])
+    return result
+
+
+def main() -> None:
+    """Print the largest differences, and how many windows pass the bound of an artefact."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", default="denseshift")
+    passes = parser.parse_args().passes
+    root = fetch_public("resemblyzer", "pyannote-audio")
+    original = resemblyzer(root)
+    packed, _ = mc_opt.compress(original, passes, check="structure")
+    judge, before = ir.Session(packed), ir.Session(original)
+    double = ir.interpret(packed).double()
+    found, embeddings = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        mc_opt.build(packed, "x86", folder)
+        artefact = mc_opt.load(folder)
+        for mel in windows(root):
+            (a,), (b,) = artefact.run({"m": mel}).values(), judge.run({"m": mel}).values()
+            with torch.no_grad():
+                c = double(torch.from_numpy(mel).double())[0].numpy()
+            embeddings.append(next(iter(before.run({"m": mel}).values())))
+            found.append([float(np.abs(x - y).max()) for x, y in ((a, b), (a, c), (b, c))])
+    bound = BOUND * float(np.ptp(np.concatenate(embeddings)))
+    largest = np.array(found).max(axis=0)
+    print(f"{passes}: {len(found)} windows; the bound of an artefact is {bound:.1e}")
+    for name, value, column in zip(
+        ("artefact - ONNX Runtime", "artefact - double", "ONNX Runtime - double"),
+        largest,
+        zip(*found, strict=True),
+        strict=True,
+    ):
+        print(f"  {name:24} at most {value:.1e}; above the bound {sum(v > bound for v in column)}")
+
+
+if __name__ == "__main__":
+    main()
