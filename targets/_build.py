@@ -20,7 +20,7 @@ from tvm import relax
 
 import mc_opt
 from mc_opt import ir
-from mc_opt.targets import _zig
+from mc_opt.targets import _machine, _zig
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _schedule
@@ -110,14 +110,16 @@ def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, re
 
 
 def llvm_target(machine: Machine) -> tvm.target.Target:
-    """The LLVM target of an x86-64 machine."""
+    """The LLVM target of a machine."""
     attributes = [f"+{feature}" for feature in machine.features]
     if machine.lanes == 16:
         attributes.append("-prefer-256-bit")  # LLVM's default halves our vectors on older AVX-512 processors
+    if machine.kind == "arm":
+        attributes += _machine.UNUSED_ON_ARM
     return tvm.target.Target(
         {
             "kind": "llvm",
-            "mtriple": "x86_64-linux-gnu",
+            "mtriple": f"{_machine.ARCHITECTURES[machine.kind]}-linux-gnu",
             "mcpu": machine.cpu,
             "mattr": attributes,
             "num-cores": machine.threads,
@@ -183,7 +185,7 @@ def _write_static(
     from mc_opt.targets._c_source import Identity
 
     versions = f"mc-opt {mc_opt.__version__}, TVM {tvm.__version__}"
-    identity = Identity(prefix, machine.cpu, machine.features, versions)
+    identity = Identity(prefix, machine.kind, machine.cpu, machine.features, versions)
     _c.print_c(module, llvm_target(machine), folder, names=names, identity=identity, step=reporter.step)
 
 

@@ -27,7 +27,7 @@ from mc_opt.targets._relax import intrinsics
 Step = Callable[[str], AbstractContextManager[None]]
 
 # What objects may ask of a C library and of the compiler's own; anything else would not link without a runtime.
-_LIBC = frozenset({"memcpy", "memmove", "memset", "memcmp", "__tls_get_addr"})
+_LIBC = frozenset({"memcpy", "memmove", "memset", "memcmp", "__tls_get_addr", "getauxval"})
 _MATHS = """
 acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma fmax
 fmin fmod hypot ldexp llrint llround log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint round
@@ -40,9 +40,15 @@ _SIZE = re.compile(r"\d+, \w+, (?:T\.u?int\d+\()?(\d+)")
 # Debug information would be larger than the code, and names the folder of the build.
 _LINKER_SCRIPT = "SECTIONS { /DISCARD/ : { *(.debug*) *(.rela.debug*) *(.comment) *(.llvm_addrsig) } }\n"
 _CFLAGS = (
-    *("-target", "x86_64-linux-gnu", "-mcpu=x86_64", "-std=c11", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror"),
+    *("-std=c11", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     *("-fvisibility=hidden", "-fno-ident", "-fno-sanitize=all", "-fno-stack-protector"),
 )
+
+# Zig's names for what glue and constants are compiled for: any processor of the architecture, which they then ask.
+_TARGETS = {
+    "x86": ("-target", "x86_64-linux-gnu", "-mcpu=x86_64"),
+    "arm": ("-target", "aarch64-linux-gnu", "-mcpu=generic"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +310,8 @@ def _link(program: Program, identity: Identity, constants: Sequence[np.ndarray],
     ir.write_text(work / "constants.s", _c_source.constants(prefix, files))
     ir.write_text(work / "discard.ld", _LINKER_SCRIPT)
     zig = functools.partial(_zig.run, cache=work / "cache", folder=work)
-    zig("cc", *_CFLAGS, "-c", "glue.c", "-o", "glue.o")
-    zig("cc", "-target", "x86_64-linux-gnu", "-c", "constants.s", "-o", "constants.o")
+    zig("cc", *_TARGETS[identity.kind], *_CFLAGS, "-c", "glue.c", "-o", "glue.o")
+    zig("cc", *_TARGETS[identity.kind], "-c", "constants.s", "-o", "constants.o")
     zig("ld.lld", "-r", "-T", "discard.ld", "-o", f"{prefix}.o", "kernels.o", "glue.o", "constants.o")
     linked = _elf.Object(work / f"{prefix}.o")
     linked.localise(_c_source.symbols(prefix))

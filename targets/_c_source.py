@@ -22,6 +22,9 @@ _TYPE_NOTES = {"bool": ", 0 or 1", "float16": ", the bits of IEEE halves", "bflo
 # DLPack's type codes.
 _CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
 
+# In the words of a header's comment.
+_ARCHITECTURES = {"x86": "x86-64", "arm": "64-bit ARM"}
+
 # Words of C and C++, and macros of the systems' compilers, that no parameter can be called.
 _TAKEN = """
 alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t char8_t class
@@ -49,6 +52,11 @@ CPUID: dict[str, tuple[int, int, int, int]] = {
     **{"vpclmulqdq": (7, 0, 2, 10), "avx512vnni": (7, 0, 2, 11), "avx512bitalg": (7, 0, 2, 12)},
     **{"avx512vpopcntdq": (7, 0, 2, 14), "avx512fp16": (7, 0, 3, 23)},
     **{"avxvnni": (7, 1, 0, 4), "avx512bf16": (7, 1, 0, 5)},
+}
+# Processor features of ARM by LLVM's name: which of the two words that Linux gives a program, and the bit.
+HWCAP: dict[str, tuple[int, int]] = {
+    **{"neon": (1, 1), "lse": (1, 8), "fullfp16": (1, 10), "rdm": (1, 12), "jsconv": (1, 13), "complxnum": (1, 14)},
+    **{"rcpc": (1, 15), "dotprod": (1, 20), "i8mm": (2, 13), "bf16": (2, 14)},
 }
 # Bits of XCR0: the registers that the operating system saves.
 _SAVES_YMM, _SAVES_ZMM = 0x6, 0xE6
@@ -106,12 +114,14 @@ class Identity:
 
     Attributes:
         prefix: starts every name that the library offers.
+        kind: the target, x86 or arm.
         cpu: the processor it was built for.
         features: LLVM's names of the features that the processor must have.
         versions: of the tools that built it, for people.
     """
 
     prefix: str
+    kind: str
     cpu: str
     features: tuple[str, ...]
     versions: str
@@ -147,12 +157,13 @@ def header(program: Program, identity: Identity, libraries: Sequence[str]) -> st
     """The text of model.h; `libraries` are the functions of the C library that the kernels call."""
     names = parameters(program, identity.prefix)
     rows = [*_rows("in", program.inputs, names), *_rows("out", program.outputs, names[len(program.inputs) :])]
-    maths = [n for n in libraries if not n.startswith(("mem", "__"))]
+    maths = [n for n in libraries if not n.startswith(("mem", "__", "getauxval"))]
     return Template(_c_text.HEADER).substitute(
         p=identity.prefix,
         P=identity.prefix.upper(),
         versions=identity.versions,
         rows="\n".join(f" *   {row}" for row in rows),
+        architecture=_ARCHITECTURES[identity.kind],
         cpu=identity.cpu,
         features=_wrapped(identity.features),
         link="" if not maths else f" -lm   (it calls {', '.join(maths)})",
@@ -196,8 +207,8 @@ def glue(program: Program, identity: Identity, hooks: Iterable[str]) -> str:
         calls=_listed(calls or ["{0}"]),
         call_count=len(calls),
         most=max([len(c.arguments) for c in program.calls], default=1),
-        features=_listed(_features(identity.features)),
-        xcr0=hex(_saved(identity.features)),
+        check_header=_c_text.CHECK_HEADER[identity.kind],
+        check=_check(identity),
         parameters=_declaration(program, names),
         bases=", ".join(f"(char *){n}" for n in (f"{identity.prefix}_constants", "workspace", *names)),
         present="\n".join(f"  if (!{n}) return {identity.prefix.upper()}_ERROR_ARGUMENT;" for n in present),
@@ -213,7 +224,7 @@ def constants(prefix: str, files: Sequence[str]) -> str:
     lines = [".section .rodata", f".balign {ALIGNMENT}", f".globl {prefix}_constants", f"{prefix}_constants:"]
     for name in files:
         lines += [f".balign {ALIGNMENT}", f'.incbin "{name}"']
-    return "\n".join([*lines, ".byte 0", '.section .note.GNU-stack,"",@progbits', ""])
+    return "\n".join([*lines, ".byte 0", '.section .note.GNU-stack,"",%progbits', ""])
 
 
 def item_size(dtype: str) -> int:
@@ -289,6 +300,18 @@ def _argument(argument: Argument, numbers: dict[tuple[int, ...], int]) -> str:
     bits = argument.dtype[len(kind) :] or "8"
     shape = argument.shape
     return f"{{{argument.offset}u, {numbers[shape]}, {argument.base}, {len(shape)}, {_CODES[kind]}, {bits}}}"
+
+
+def _check(identity: Identity) -> str:
+    """The text that asks the processor whether it has the features."""
+    text = Template(_c_text.CHECK[identity.kind])
+    if identity.kind == "arm":
+        words = {1: 0, 2: 0}
+        for feature in identity.features:
+            word, bit = HWCAP[feature]
+            words[word] |= 1 << bit
+        return text.substitute(hwcap=hex(words[1]), hwcap2=hex(words[2]))
+    return text.substitute(features=_listed(_features(identity.features)), xcr0=hex(_saved(identity.features)))
 
 
 def _features(features: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ $rows
  * Workspace: $workspace bytes: $planned for tensors (no plan needs less than $bound), $scratch for the
  * kernels' own use. Its content need not be set before a call and means nothing after one.
  *
- * Processor: x86-64 under Linux, built for $cpu; ${p}_run and ${p}_check_cpu report any other than one with
+ * Processor: $architecture under Linux, built for $cpu; ${p}_run and ${p}_check_cpu report any other than one with
  *     $features
  *
  * Link: cc program.c lib$p.a$link
@@ -70,7 +70,7 @@ const char *${p}_version(void);
 GLUE = """\
 #include "$p.h"
 
-#include <cpuid.h>
+#include <$check_header>
 #include <string.h>
 
 #define PUBLIC __attribute__((visibility("default")))
@@ -107,22 +107,7 @@ static const Call calls[] = {
 $calls};
 extern const char ${p}_constants[];
 $scratch$hooks
-typedef struct { uint32_t leaf, subleaf, need[4]; } Feature;
-static const Feature features[] = {
-$features};
-
-static int supported(void) {
-  for (size_t k = 0; k < sizeof features / sizeof *features; ++k) {
-    const Feature *f = &features[k];
-    uint32_t a, b, c, d;
-    if (!__get_cpuid_count(f->leaf, f->subleaf, &a, &b, &c, &d)) return 0;
-    if ((f->need[0] & ~a) | (f->need[1] & ~b) | (f->need[2] & ~c) | (f->need[3] & ~d)) return 0;
-  }
-  uint32_t low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low & ${xcr0}u) == ${xcr0}u;
-}
-
+$check
 PUBLIC int ${p}_check_cpu(void) {
   static int known; /* asking takes microseconds in a virtual machine; every thread finds the same answer */
   int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);
@@ -168,6 +153,34 @@ $set_scratch    if (calls[k].kernel(0, values, (int32_t)calls[k].count, &result)
 $copies  return ${P}_OK;
 }
 """
+
+# How a program asks its processor, by target: the header, and a function that answers.
+CHECK_HEADER = {"x86": "cpuid.h", "arm": "sys/auxv.h"}
+CHECK = {
+    "x86": """\
+typedef struct { uint32_t leaf, subleaf, need[4]; } Feature;
+static const Feature features[] = {
+$features};
+
+static int supported(void) {
+  for (size_t k = 0; k < sizeof features / sizeof *features; ++k) {
+    const Feature *f = &features[k];
+    uint32_t a, b, c, d;
+    if (!__get_cpuid_count(f->leaf, f->subleaf, &a, &b, &c, &d)) return 0;
+    if ((f->need[0] & ~a) | (f->need[1] & ~b) | (f->need[2] & ~c) | (f->need[3] & ~d)) return 0;
+  }
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & ${xcr0}u) == ${xcr0}u;
+}
+""",
+    "arm": """\
+static int supported(void) {
+  const unsigned long need = ${hwcap}ul, need2 = ${hwcap2}ul;
+  return (getauxval(AT_HWCAP) & need) == need && (getauxval(AT_HWCAP2) & need2) == need2;
+}
+""",
+}
 
 # What kernels ask of TVM's runtime: variables that hold functions, empty in the kernels' object.
 HOOKS = {

@@ -1,4 +1,4 @@
-"""Symbols of ELF object files for x86-64: list them, and make all but a few invisible to other objects."""
+"""Symbols of 64-bit little-endian ELF object files: list them, and make all but a few invisible to other objects."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 # LLVM feature names by the flag that /proc/cpuinfo shows. Only features that generated code can contain:
 # they are what an artefact asks of the machine that loads it.
-_FEATURES = {
+_X86_FEATURES = {
     "sse3": "pni",
     "ssse3": "ssse3",
     "sse4.1": "sse4_1",
@@ -42,6 +43,19 @@ _FEATURES = {
     "vaes": "vaes",
     "vpclmulqdq": "vpclmulqdq",
 }
+_ARM_FEATURES = {
+    "neon": "asimd",
+    "fullfp16": "asimdhp",
+    "dotprod": "asimddp",
+    "rdm": "asimdrdm",
+    "lse": "atomics",
+    "rcpc": "lrcpc",
+    "complxnum": "fcma",
+    "jsconv": "jscvt",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+}
+_FEATURES = _X86_FEATURES | _ARM_FEATURES
 _V3 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _CASCADE_LAKE = (*_V4, "avx512vnni")
@@ -65,12 +79,30 @@ _NAMES = {
     "AuthenticAMD": {"znver4": _ZEN4, "znver3": _V3},
 }
 
+_A76 = ("neon", "fullfp16", "dotprod", "rdm", "lse", "rcpc")
+_V1 = (*_A76, "complxnum", "jsconv", "i8mm", "bf16")
+# 64-bit ARM processors: features, and the smallest caches that their licensees may build (data, second level).
+_ARM: dict[str, tuple[Sequence[str], int, int]] = {
+    "cortex-a53": (("neon",), 8 << 10, 128 << 10),
+    "cortex-a72": (("neon",), 32 << 10, 512 << 10),
+    "cortex-a76": (_A76, 64 << 10, 128 << 10),
+    "neoverse-n1": (_A76, 64 << 10, 256 << 10),
+    "neoverse-n2": (_V1, 64 << 10, 512 << 10),
+    "neoverse-v1": (_V1, 64 << 10, 512 << 10),
+}
+# LLVM gives these to some of the processors above: a licensee may leave the first two out (Raspberry Pi 4 has neither),
+# and kernels are written for vectors of one length.
+UNUSED_ON_ARM = ("-aes", "-sha2", "-sve")
+# What platform.machine() says where a target's code runs.
+ARCHITECTURES = {"x86": "x86_64", "arm": "aarch64"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """A processor as the kernels see it.
 
     Attributes:
+        kind: the target whose code it runs.
         cpu: the name that LLVM knows.
         features: LLVM's feature names, sorted; an artefact runs where all of them are present.
         lanes: float32 values in one vector register.
@@ -80,6 +112,7 @@ class Machine:
         threads: threads that kernels are split for; 1 leaves every loop serial.
     """
 
+    kind: Literal["x86", "arm"]
     cpu: str
     features: tuple[str, ...]
     lanes: int
@@ -95,7 +128,10 @@ def levels() -> tuple[str, ...]:
 
 
 def named(cpu: str, *, threads: int = 1) -> Machine:
-    """The machine of one x86-64 ABI level (`levels()`), with the caches such processors have at least."""
+    """The machine of one x86-64 ABI level (`levels()`) or ARM processor, with the caches such have at least."""
+    if cpu in _ARM:
+        features, l1, l2 = _ARM[cpu]
+        return Machine("arm", cpu, tuple(sorted(features)), lanes=4, registers=32, l1=l1, l2=l2, threads=threads)
     return _machine(cpu, _LEVELS[cpu], threads)
 
 
@@ -105,6 +141,8 @@ def native(*, threads: int = 1) -> Machine:
     Raises:
         ValueError: when it is no x86-64 processor with AVX2 and FMA.
     """
+    if platform.machine() != ARCHITECTURES["x86"]:
+        raise ValueError(f"cpu=native: this machine is {platform.machine()}, no x86-64; name one, as in cpu=x86-64-v3")
     flags = present()
     names = _NAMES.get(_cpuinfo("vendor_id"), {}) | {"x86-64-v4": _V4, "x86-64-v3": _V3}
     for cpu, features in names.items():
@@ -116,7 +154,7 @@ def native(*, threads: int = 1) -> Machine:
 
 def present() -> frozenset[str]:
     """LLVM's names of the features that this processor has."""
-    flags = set(_cpuinfo("flags").split())
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())  # x86 writes the one, ARM the other
     return frozenset(name for name, flag in _FEATURES.items() if flag in flags)
 
 
@@ -140,6 +178,7 @@ def _machine(cpu: str, features: Sequence[str], threads: int) -> Machine:
     wide = "avx512f" in features
     # The smallest caches sold with the level: a tile that fits here fits everywhere.
     return Machine(
+        kind="x86",
         cpu=cpu,
         features=tuple(sorted(features)),
         lanes=16 if wide else 8,

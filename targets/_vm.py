@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -122,17 +123,27 @@ def load_artefact(folder: str | Path, target: str | None = None) -> Artefact:
     raise IRError(f"{folder}: nothing here runs on this machine; {'; '.join(reasons)}")
 
 
+# What runs on every machine that a target serves.
+_EVERYWHERE = {"x86": "x86{cpu=x86-64-v3}", "arm": "arm{cpu=cortex-a53}"}
+
+
 def unfit(manifest: Manifest) -> str | None:
     """Why this machine cannot run an artefact; None when it can."""
-    if manifest.kind != "x86":
-        return f"built for {manifest.kind}"
+    architecture = _machine.ARCHITECTURES.get(manifest.kind)
+    if architecture is None:
+        return f"built for {manifest.kind}, which has no loader here"
     if manifest.form != "vm":
         return f"its form is {manifest.form}: link libmodel.a into a program"
+    if platform.machine() != architecture:
+        return (
+            f"built for {architecture} ({manifest.cpu}), this machine is {platform.machine()}; copy the folder to such"
+            " a machine and load it there, or build its runner.cc"
+        )
     absent = _machine.missing(manifest.features)
     if absent:
         return (
             f"built for {manifest.cpu}, this processor ({_machine.processor()}) lacks {', '.join(absent)};"
-            " build with x86{cpu=x86-64-v3}"
+            f" build with {_EVERYWHERE[manifest.kind]}"
         )
     return None
 

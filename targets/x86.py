@@ -6,16 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx_ir
 
-import mc_opt
-from mc_opt.targets import _c_source, _installed, _machine, _manifest, _process
+from mc_opt.targets import _installed, _machine, _native
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Machine
-from mc_opt.targets._manifest import Port
 from mc_opt.targets._refusal import check, check_nodes
-from mc_opt.targets._runner import runner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +36,7 @@ class X86(Target):
 
     def __post_init__(self) -> None:
         """Check the ranges of the options."""
-        if not 1 <= self.threads <= 256:
-            raise ValueError(f"threads={self.threads}: expected 1 to 256")
-        if self.form == "static" and self.threads != 1:
-            raise ValueError(f"threads={self.threads}: form=static runs in the caller's thread; leave threads=1")
-        if not _c_source.is_prefix(self.prefix):
-            raise ValueError(f"prefix={self.prefix}: expected a name in C: letters, digits and _, a letter first")
-        if self.form == "vm" and self.prefix != "model":
-            raise ValueError(f"prefix={self.prefix}: names the files of form=static; form=vm has none")
+        _native.check_options(threads=self.threads, form=self.form, prefix=self.prefix)
 
     def machine(self) -> Machine:
         """The processor to build for, `native` looked up."""
@@ -57,10 +46,7 @@ class X86(Target):
 
     def resolved(self) -> str:
         """The target with its processor's name and features spelled out."""
-        machine = self.machine()
-        features = ",".join(f"+{f}" for f in machine.features)
-        prefix = "" if self.form == "vm" else f" prefix={self.prefix}"
-        return f"x86{{cpu={machine.cpu} features={features} threads={self.threads} form={self.form}{prefix}}}"
+        return _native.resolved(self.machine(), form=self.form, prefix=self.prefix)
 
     def check(self, model: onnx_ir.Model) -> None:
         """Refuse symbolic shapes and inputs of unknown types, and a machine without TVM.
@@ -81,46 +67,6 @@ class X86(Target):
 
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
         """Build the artefact into `folder`, which exists and is empty."""
-        self.check(model)
-        self.check_nodes(model)
-        machine = self.machine()
-        answer = _process.build(model, folder, machine, form=self.form, prefix=self.prefix, progress=progress)
-        inputs = _inputs(model)
-        outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
-        if self.form == "vm":
-            (folder / "runner.cc").write_text(runner(inputs, outputs), encoding="utf-8")
-        files = {p.name: _manifest.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
-        manifest = _manifest.Manifest(
-            schema_version=_manifest.SCHEMA_VERSION,
-            mc_opt=mc_opt.__version__,
-            tvm=_installed.tvm_version(),
-            target=self.resolved(),
-            kind=self.name,
-            form=self.form,
-            cpu=machine.cpu,
-            features=machine.features,
-            threads=self.threads,
-            inputs=inputs,
-            outputs=outputs,
-            kernels=tuple(answer["kernels"]),
-            fallbacks=tuple(answer["fallbacks"]),
-            files=files,
+        return _native.compile_model(
+            model, folder, self.machine(), form=self.form, prefix=self.prefix, progress=progress
         )
-        (folder / _manifest.NAME).write_text(manifest.text(), encoding="utf-8")
-        return Built(
-            folder=folder,
-            files=files,
-            resolved=manifest.target,
-            kernels=manifest.kernels,
-            fallbacks=manifest.fallbacks,
-            seconds=answer["seconds"],
-        )
-
-
-def _inputs(model: onnx_ir.Model) -> tuple[Port, ...]:
-    ports = []
-    for value in model.graph.inputs:
-        assert value.name is not None and value.shape is not None and value.dtype is not None  # check() saw to it
-        shape = tuple(int(d) for d in value.shape if isinstance(d, int))
-        ports.append(Port(value.name, shape, str(np.dtype(value.dtype.numpy()))))
-    return tuple(ports)

@@ -28,12 +28,18 @@ def _gpu() -> str | None:
     return None if Path("/dev/nvidiactl").exists() else "no NVIDIA GPU in this machine"
 
 
+def _qemu() -> str | None:
+    from tests import _qemu
+
+    return _qemu.missing()
+
+
 # Marker -> what it needs; the answer is None, or why the tool is missing.
 TOOLS: dict[str, Callable[[], str | None]] = {
     "tvm": _module("tvm"),
     "torch": _module("torch"),
     "zig": _module("ziglang"),
-    "qemu": _program("qemu-aarch64-static", "qemu-aarch64"),
+    "qemu": _qemu,
     "browser": _program("chromium", "chromium-browser", "google-chrome"),
     "gpu": _gpu,
 }

@@ -43,7 +43,7 @@ OWNERS = {
 WRITERS = {
     "ir/io/atomic.py": "the one place",
     "ir/io/save.py": "streams weights into a folder that atomic staged",
-    "targets/x86.py": "writes into a folder that atomic staged",
+    "targets/_native.py": "writes into a folder that atomic staged",
 }
 # Where environment variables are read or set.
 ENVIRONMENT = {"tools/cli.py": "the one place"}

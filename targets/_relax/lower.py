@@ -66,7 +66,7 @@ def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Han
         return
     handler = table.get((node.domain, node.op_type))
     if handler is None:
-        raise TargetError(refusal(node, "x86"))
+        raise TargetError(refusal(node, emitter.machine.kind))
     try:
         handler(emitter, node)
     except (TargetError, KeyboardInterrupt):

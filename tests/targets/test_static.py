@@ -60,7 +60,9 @@ def test_any_names_make_distinct_parameters(inputs: list[str], outputs: list[str
 @settings(deadline=None)
 @given(st.text(max_size=20))
 def test_no_name_leaves_the_header_s_comment(name: str) -> None:
-    text = _c_source.header(program((name, "*/ int evil; /*", "a\\\nb")), Identity("m", "x86-64-v3", ("avx",), "v"), ())
+    text = _c_source.header(
+        program((name, "*/ int evil; /*", "a\\\nb")), Identity("m", "x86", "x86-64-v3", ("avx",), "v"), ()
+    )
     assert text.index("*/") < text.index("#ifndef") < text.index("#define")
     assert text[: text.index("#ifndef")].count("*/") == 1 and text.isascii()
 
@@ -68,7 +70,9 @@ def test_no_name_leaves_the_header_s_comment(name: str) -> None:
 def test_the_header_says_what_a_caller_must_know() -> None:
     ports = (Port("image", (1, 3, 8, 8), "float32"), Port("count", (), "int64"))
     made = Program(ports, (Port("mask", (4,), "bool"),), (), (), planned=640, bound=576, scratch=64)
-    text = _c_source.header(made, Identity("net", "x86-64-v3", ("avx2", "fma"), "mc-opt 1, TVM 2"), ("expf", "memset"))
+    text = _c_source.header(
+        made, Identity("net", "x86", "x86-64-v3", ("avx2", "fma"), "mc-opt 1, TVM 2"), ("expf", "memset")
+    )
     for words in (
         "in  image: float32, 1x3x8x8",
         "in  count: int64, one value",
@@ -92,9 +96,10 @@ def test_a_prefix_is_a_c_name(text: str) -> None:
 
 def test_every_feature_that_code_may_need_can_be_checked() -> None:
     assert set(_machine.named("x86-64-v4").features) <= set(_c_source.CPUID)
-    assert set(_machine._FEATURES) == set(_c_source.CPUID)
-    rows = list(_c_source.CPUID.values())
-    assert len(set(rows)) == len(rows)
+    assert set(_machine._X86_FEATURES) == set(_c_source.CPUID)
+    assert set(_machine._ARM_FEATURES) == set(_c_source.HWCAP)
+    for rows in (list(_c_source.CPUID.values()), list(_c_source.HWCAP.values())):
+        assert len(set(rows)) == len(rows)
 
 
 def test_the_target_refuses_what_static_cannot_be() -> None:
@@ -393,7 +398,7 @@ def test_a_processor_without_a_feature_is_refused(tmp_path: Path, monkeypatch: p
     made = Program(
         (Port("x", (2, 3), "float32"),), (Port("y", (2, 3), "float32"),), (Call("never", (one, one)),), (), 64, 64
     )
-    identity = Identity("model", "none", ("avx2", "invented"), "test")
+    identity = Identity("model", "x86", "none", ("avx2", "invented"), "test")
     (tmp_path / "model.h").write_text(_c_source.header(made, identity, ()))
     (tmp_path / "glue.c").write_text(_c_source.glue(made, identity, ()))
     (tmp_path / "main.c").write_text(

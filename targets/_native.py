@@ -1,0 +1,92 @@
+"""What the targets that make machine code share: their options' ranges, the build in its process, the manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+
+import mc_opt
+from mc_opt.targets import _c_source, _installed, _manifest, _process
+from mc_opt.targets._base import Built, Progress
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._manifest import Port
+from mc_opt.targets._refusal import check, check_nodes
+from mc_opt.targets._runner import runner
+
+
+def check_options(*, threads: int, form: str, prefix: str) -> None:
+    """Check the ranges of the options.
+
+    Raises:
+        ValueError: naming the option, what it is and what was expected.
+    """
+    if not 1 <= threads <= 256:
+        raise ValueError(f"threads={threads}: expected 1 to 256")
+    if form == "static" and threads != 1:
+        raise ValueError(f"threads={threads}: form=static runs in the caller's thread; leave threads=1")
+    if not _c_source.is_prefix(prefix):
+        raise ValueError(f"prefix={prefix}: expected a name in C: letters, digits and _, a letter first")
+    if form == "vm" and prefix != "model":
+        raise ValueError(f"prefix={prefix}: names the files of form=static; form=vm has none")
+
+
+def resolved(machine: Machine, *, form: str, prefix: str) -> str:
+    """The target with its processor's name and features spelled out."""
+    features = ",".join(f"+{f}" for f in machine.features)
+    named = "" if form == "vm" else f" prefix={prefix}"
+    return f"{machine.kind}{{cpu={machine.cpu} features={features} threads={machine.threads} form={form}{named}}}"
+
+
+def compile_model(
+    model: onnx_ir.Model, folder: Path, machine: Machine, *, form: str, prefix: str, progress: Progress
+) -> Built:
+    """Build the artefact into `folder`, which exists and is empty.
+
+    Raises:
+        TargetError: the model cannot be built; the text names the input or node and what to do.
+    """
+    check(model, machine.kind)
+    _installed.check_compiler()
+    check_nodes(model, machine.kind)
+    answer = _process.build(model, folder, machine, form=form, prefix=prefix, progress=progress)
+    inputs = _inputs(model)
+    outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
+    if form == "vm":
+        (folder / "runner.cc").write_text(runner(inputs, outputs), encoding="utf-8")
+    files = {p.name: _manifest.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    manifest = _manifest.Manifest(
+        schema_version=_manifest.SCHEMA_VERSION,
+        mc_opt=mc_opt.__version__,
+        tvm=_installed.tvm_version(),
+        target=resolved(machine, form=form, prefix=prefix),
+        kind=machine.kind,
+        form=form,
+        cpu=machine.cpu,
+        features=machine.features,
+        threads=machine.threads,
+        inputs=inputs,
+        outputs=outputs,
+        kernels=tuple(answer["kernels"]),
+        fallbacks=tuple(answer["fallbacks"]),
+        files=files,
+    )
+    (folder / _manifest.NAME).write_text(manifest.text(), encoding="utf-8")
+    return Built(
+        folder=folder,
+        files=files,
+        resolved=manifest.target,
+        kernels=manifest.kernels,
+        fallbacks=manifest.fallbacks,
+        seconds=answer["seconds"],
+    )
+
+
+def _inputs(model: onnx_ir.Model) -> tuple[Port, ...]:
+    ports = []
+    for value in model.graph.inputs:
+        assert value.name is not None and value.shape is not None and value.dtype is not None  # check() saw to it
+        shape = tuple(int(d) for d in value.shape if isinstance(d, int))
+        ports.append(Port(value.name, shape, str(np.dtype(value.dtype.numpy()))))
+    return tuple(ports)

@@ -1,0 +1,68 @@
+"""The target `arm`: 64-bit ARM processors with NEON under Linux, as a TVM module or as a static library."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import onnx_ir
+
+from mc_opt.targets import _installed, _machine, _native
+from mc_opt.targets._base import Built, Price, Progress, Target
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._refusal import check, check_nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm(Target):
+    """Native code for 64-bit ARM under Linux, built on any machine.
+
+    cpu is the processor to build for; later ones run what was built for cortex-a53 and cortex-a72. threads is the
+    number of threads that large kernels are split for. form=vm makes model.so for TVM's runtime, form=static makes
+    libmodel.a and model.h, which need no runtime and run in the caller's thread. prefix starts their names, so that
+    two static models fit in one program.
+    """
+
+    name: ClassVar[str] = "arm"
+    price: ClassVar[Price] = Price(mul=0.083, add=0.083, shift=0.33, xnor=0.04, lookup=0.5, bytes=0.25)
+
+    cpu: Literal["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-n2", "neoverse-v1"] = "cortex-a72"
+    threads: int = 1
+    form: Literal["vm", "static"] = "vm"
+    prefix: str = "model"
+
+    def __post_init__(self) -> None:
+        """Check the ranges of the options."""
+        _native.check_options(threads=self.threads, form=self.form, prefix=self.prefix)
+
+    def machine(self) -> Machine:
+        """The processor to build for."""
+        return _machine.named(self.cpu, threads=self.threads)
+
+    def resolved(self) -> str:
+        """The target with its processor's features spelled out."""
+        return _native.resolved(self.machine(), form=self.form, prefix=self.prefix)
+
+    def check(self, model: onnx_ir.Model) -> None:
+        """Refuse symbolic shapes and inputs of unknown types, and a machine without TVM.
+
+        Raises:
+            TargetError: naming the input or the package, and what to do.
+        """
+        check(model, self.name)
+        _installed.check_compiler()
+
+    def check_nodes(self, model: onnx_ir.Model) -> None:
+        """Refuse control flow that the passes left.
+
+        Raises:
+            TargetError: naming the node, and what to do.
+        """
+        check_nodes(model, self.name)
+
+    def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
+        """Build the artefact into `folder`, which exists and is empty."""
+        return _native.compile_model(
+            model, folder, self.machine(), form=self.form, prefix=self.prefix, progress=progress
+        )

@@ -1,0 +1,190 @@
+/* Runs an ARM artefact again and again: tensors come on stdin, tensors or an error go to stdout.
+ *
+ * A message is an int32 count and as many tensors: int32 type code, bits, rank; int64 extents; the data. A count of -1
+ * means an error: an int32 length and the text. Without STATIC_MODEL the first argument is a model.so for TVM's runtime;
+ * with it, `static_model.h` names the library's header and tables of its tensors.
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <tvm/ffi/c_api.h>
+
+enum { MOST = 64 };
+
+static void take(void *data, size_t size) {
+  if (fread(data, 1, size, stdin) != size) exit(feof(stdin) ? 0 : 3);
+}
+
+static void give(const void *data, size_t size) {
+  if (fwrite(data, 1, size, stdout) != size) exit(4);
+}
+
+static size_t size_of(const DLTensor *tensor) {
+  size_t count = 1;
+  for (int k = 0; k < tensor->ndim; ++k) count *= (size_t)tensor->shape[k];
+  return count * ((tensor->dtype.bits + 7u) / 8);
+}
+
+static void *place(size_t size) { return aligned_alloc(64, (size + 64) / 64 * 64); }
+
+static void fail(const char *text) {
+  int32_t words[2] = {-1, (int32_t)strlen(text)};
+  give(words, sizeof words);
+  give(text, strlen(text));
+  fflush(stdout);
+}
+
+static void read_tensor(DLTensor *tensor) {
+  int32_t words[3];
+  take(words, sizeof words);
+  memset(tensor, 0, sizeof *tensor);
+  tensor->device.device_type = kDLCPU;
+  tensor->dtype = (DLDataType){(uint8_t)words[0], (uint8_t)words[1], 1};
+  tensor->ndim = words[2];
+  tensor->shape = calloc((size_t)words[2] + 1, sizeof(int64_t));
+  take(tensor->shape, (size_t)words[2] * sizeof(int64_t));
+  tensor->data = place(size_of(tensor));
+  take(tensor->data, size_of(tensor));
+}
+
+static void write_tensor(const DLTensor *tensor) {
+  int32_t words[3] = {tensor->dtype.code, tensor->dtype.bits, tensor->ndim};
+  give(words, sizeof words);
+  give(tensor->shape, (size_t)tensor->ndim * sizeof(int64_t));
+  give((char *)tensor->data + tensor->byte_offset, size_of(tensor));
+}
+
+#ifdef STATIC_MODEL
+#include "static_model.h"
+
+static void open_model(const char *path) { (void)path; }
+
+static void run(DLTensor *inputs, int32_t count) {
+  static DLTensor outputs[OUTPUTS];
+  (void)count;
+  for (int k = 0; k < OUTPUTS; ++k) {
+    outputs[k] = kOutputs[k];
+    outputs[k].data = place(size_of(&outputs[k]));
+  }
+  void *workspace = place(WORKSPACE_SIZE);
+  int32_t made = OUTPUTS;
+  int code = CALL(inputs, outputs, workspace);
+  if (code) {
+    fail(ERROR_TEXT(code));
+  } else {
+    give(&made, sizeof made);
+    for (int k = 0; k < OUTPUTS; ++k) write_tensor(&outputs[k]);
+    fflush(stdout);
+  }
+  for (int k = 0; k < OUTPUTS; ++k) free(outputs[k].data);
+  free(workspace);
+}
+#else
+static TVMFFIObjectHandle machine_main, array_size, array_item;
+
+static const char *error_text(void) {
+  TVMFFIObjectHandle error;
+  TVMFFIErrorMoveFromRaised(&error);
+  return ((TVMFFIErrorCell *)((char *)error + sizeof(TVMFFIObject)))->message.data;
+}
+
+static TVMFFIAny call(TVMFFIObjectHandle function, TVMFFIAny *arguments, int32_t count) {
+  TVMFFIAny result = {0};
+  if (TVMFFIFunctionCall(function, arguments, count, &result)) {
+    fail(error_text());
+    exit(5);
+  }
+  return result;
+}
+
+static TVMFFIObjectHandle global(const char *name) {
+  TVMFFIByteArray text = {name, strlen(name)};
+  TVMFFIObjectHandle function = 0;
+  if (TVMFFIFunctionGetGlobal(&text, &function) || !function) {
+    fail(name);
+    exit(6);
+  }
+  return function;
+}
+
+static TVMFFIAny of_text(const char *text) {
+  TVMFFIAny value = {.type_index = kTVMFFIRawStr};
+  value.v_c_str = text;
+  return value;
+}
+
+static TVMFFIAny of_number(int64_t number) {
+  TVMFFIAny value = {.type_index = kTVMFFIInt};
+  value.v_int64 = number;
+  return value;
+}
+
+static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) {
+  TVMFFIAny arguments[] = {module, of_text(name), {.type_index = kTVMFFIBool}};
+  return call(global("ffi.ModuleGetFunction"), arguments, 3).v_obj;
+}
+
+static void open_model(const char *path) {
+  TVMFFIAny file = of_text(path);
+  TVMFFIAny library = call(global("ffi.ModuleLoadFromFile"), &file, 1);
+  TVMFFIAny machine = call(method(library, "vm_load_executable"), 0, 0);
+  TVMFFIAny arguments[] = {of_number(kDLCPU), of_number(0), of_number(2)}; /* 2: a pool of buffers */
+  call(method(machine, "vm_initialization"), arguments, 3);
+  machine_main = method(machine, "main");
+  array_size = global("ffi.ArraySize");
+  array_item = global("ffi.ArrayGetItem");
+}
+
+static void release(DLManagedTensor *tensor) {
+  free(tensor->dl_tensor.data);
+  free(tensor->dl_tensor.shape);
+  free(tensor);
+}
+
+static void run(DLTensor *inputs, int32_t count) {
+  TVMFFIAny arguments[MOST];
+  for (int32_t k = 0; k < count; ++k) {
+    DLManagedTensor *managed = calloc(1, sizeof *managed);
+    managed->dl_tensor = inputs[k];
+    managed->deleter = release;
+    arguments[k] = (TVMFFIAny){.type_index = kTVMFFITensor};
+    if (TVMFFITensorFromDLPack(managed, 64, 1, (TVMFFIObjectHandle *)&arguments[k].v_obj)) exit(7);
+  }
+  TVMFFIAny result = {0};
+  int failed = TVMFFIFunctionCall(machine_main, arguments, count, &result);
+  for (int32_t k = 0; k < count; ++k) TVMFFIObjectDecRef(arguments[k].v_obj);
+  if (failed) {
+    fail(error_text());
+    return;
+  }
+  int32_t made = (int32_t)call(array_size, &result, 1).v_int64;
+  give(&made, sizeof made);
+  for (int32_t k = 0; k < made; ++k) {
+    TVMFFIAny where[] = {result, of_number(k)};
+    TVMFFIAny tensor = call(array_item, where, 2);
+    write_tensor((DLTensor *)((char *)tensor.v_obj + sizeof(TVMFFIObject)));
+    TVMFFIObjectDecRef(tensor.v_obj);
+  }
+  TVMFFIObjectDecRef(result.v_obj);
+  fflush(stdout);
+}
+#endif
+
+int main(int count, char **words) {
+  open_model(count > 1 ? words[1] : "");
+  for (;;) {
+    DLTensor inputs[MOST];
+    int32_t given;
+    take(&given, sizeof given);
+    if (given > MOST) return 2;
+    for (int32_t k = 0; k < given; ++k) read_tensor(&inputs[k]);
+    run(inputs, given);
+#ifdef STATIC_MODEL
+    for (int32_t k = 0; k < given; ++k) {
+      free(inputs[k].data);
+      free(inputs[k].shape);
+    }
+#endif
+  }
+}
