@@ -7,7 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mc_opt.ir.changes import Change, Detail, Diff, Rename
+    from mc_opt.ir.difference import diff, own_origin
     from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError
+    from mc_opt.ir.history import Origin, Touched, add_history, read_history
     from mc_opt.ir.io.atomic import FolderError, staged_files, staged_folder, write_bytes, write_text
     from mc_opt.ir.io.capture import capture, from_torch
     from mc_opt.ir.io.data import Data, Sample, check_states, load_data, seeded_data
@@ -23,11 +26,13 @@ if TYPE_CHECKING:
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_weight
-    from mc_opt.ir.run.drift import Drift, Verdict, accuracy, is_right, judge
+    from mc_opt.ir.run.drift import Drift, OutputDrift, Verdict, accuracy, is_right, judge
     from mc_opt.ir.run.interp import interpret
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
+    from mc_opt.ir.run.values import value_drift
     from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, weight_sites
+    from mc_opt.ir.storage import LayerChange, Storage, Stored, storage_of
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
     from mc_opt.ir.views import (
@@ -40,6 +45,9 @@ if TYPE_CHECKING:
         label,
         longest_path,
         path_between,
+        subgraphs,
+        title_of,
+        titles_of,
         upstream,
         users,
     )
@@ -47,11 +55,21 @@ if TYPE_CHECKING:
 # A module must not carry the name of something exported here: importing it would put the module in the
 # export's place (hence verifier.verify).
 _EXPORTS = {
+    "Change": "changes",
+    "Detail": "changes",
+    "Diff": "changes",
+    "Rename": "changes",
+    "diff": "difference",
+    "own_origin": "difference",
     "DataError": "errors",
     "IRError": "errors",
     "LimitError": "errors",
     "OptionError": "errors",
     "FolderError": "io.atomic",
+    "Origin": "history",
+    "Touched": "history",
+    "add_history": "history",
+    "read_history": "history",
     "staged_files": "io.atomic",
     "staged_folder": "io.atomic",
     "write_bytes": "io.atomic",
@@ -113,6 +131,7 @@ _EXPORTS = {
     "accuracy": "run.drift",
     "is_right": "run.drift",
     "Drift": "run.drift",
+    "OutputDrift": "run.drift",
     "Session": "run.ort",
     "Verdict": "run.drift",
     "compare": "run.ort",
@@ -120,6 +139,11 @@ _EXPORTS = {
     "judge": "run.drift",
     "noise": "run.ort",
     "run_data": "run.ort",
+    "value_drift": "run.values",
+    "LayerChange": "storage",
+    "Storage": "storage",
+    "Stored": "storage",
+    "storage_of": "storage",
     "digest": "text",
     "nodes_text": "text",
     "to_text": "text",
@@ -134,6 +158,9 @@ _EXPORTS = {
     "label": "views",
     "longest_path": "views",
     "path_between": "views",
+    "subgraphs": "views",
+    "title_of": "views",
+    "titles_of": "views",
     "upstream": "views",
     "users": "views",
 }

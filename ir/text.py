@@ -112,8 +112,8 @@ def _function(function: onnx_ir.Function) -> Iterator[str]:
 
 def _node(node: onnx_ir.Node, indent: str) -> Iterator[str]:
     domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
-    attributes = [a for _, a in sorted(node.attributes.items()) if not _is_implied(node, a)]
-    plain = [f"{a.name}={_value(a)}" for a in attributes if not _graphs(a)]
+    attributes = [a for _, a in sorted(node.attributes.items()) if not is_implied(node, a)]
+    plain = [f"{a.name}={attribute_text(a)}" for a in attributes if not _graphs(a)]
     shown = f" {{{', '.join(plain)}}}" if plain else ""
     inputs = list(node.inputs)
     while inputs and inputs[-1] is None:
@@ -128,7 +128,7 @@ def _node(node: onnx_ir.Node, indent: str) -> Iterator[str]:
             yield from _graph(graph, indent + "    ")
 
 
-def _is_implied(node: onnx_ir.Node, attribute: onnx_ir.Attr) -> bool:
+def is_implied(node: onnx_ir.Node, attribute: onnx_ir.Attr) -> bool:
     """Whether an attribute of one of our ops has its default value."""
     if not is_ours(node) or node.op_type not in op_names() or attribute.is_ref():
         return False
@@ -146,7 +146,8 @@ def _graphs(attribute: onnx_ir.Attr) -> list[onnx_ir.Graph]:
     return []
 
 
-def _value(attribute: onnx_ir.Attr) -> str:
+def attribute_text(attribute: onnx_ir.Attr) -> str:
+    """The value of an attribute that holds no graph; tensors as type and digest."""
     if attribute.is_ref():
         return f"@{attribute.ref_attr_name}"
     match attribute.type:

@@ -6,7 +6,7 @@ for every value that one takes from another. What a subgraph computes flows into
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import cast
 
 import networkx as nx
@@ -14,21 +14,27 @@ import onnx_ir
 
 from mc_opt.ir.errors import IRError
 
+View = nx.DiGraph
+
 
 def graph_of(model: onnx_ir.Model) -> nx.DiGraph:
-    """The model's nodes as vertices (attributes `op_type`, `node`), its values as edges (attribute `values`: names)."""
+    """The model's nodes as vertices (attributes `op_type`, `node`), its values as edges.
+
+    An edge has the attributes `values` (names) and `places`: (number of the output, number of the input), or
+    (-1, number of the graph) from what stands inside a node to that node.
+    """
     view: nx.DiGraph = nx.DiGraph()
     titles = titles_of(model)
     for node, title in titles.items():
         view.add_node(title, op_type=node.op_type, node=node)
     for node, title in titles.items():
-        for value in node.inputs:
+        for index, value in enumerate(node.inputs):
             if value is not None and (producer := value.producer()) in titles and producer is not None:
-                _connect(view, titles[producer], title, value.name or "?")
-        for graph in subgraphs(node):
+                _connect(view, titles[producer], title, value.name or "?", (value.index() or 0, index))
+        for number, graph in enumerate(subgraphs(node)):
             for inner in graph:
                 # The holder waits for everything inside it, and its outputs come from there.
-                _connect(view, titles[inner], title, ", ".join(o.name or "?" for o in inner.outputs))
+                _connect(view, titles[inner], title, ", ".join(o.name or "?" for o in inner.outputs), (-1, number))
     return view
 
 
@@ -37,7 +43,7 @@ def titles_of(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
     titles: dict[onnx_ir.Node, str] = {}
     taken: set[str] = set()
     for node in model.graph.all_nodes():
-        base = node.name or next((o.name for o in node.outputs if o.name), None) or node.op_type
+        base = title_of(node)
         title, number = base, 1
         while title in taken:
             number += 1
@@ -45,6 +51,11 @@ def titles_of(model: onnx_ir.Model) -> dict[onnx_ir.Node, str]:
         taken.add(title)
         titles[node] = title
     return titles
+
+
+def title_of(node: onnx_ir.Node) -> str:
+    """A node's name, or what it makes when it has none."""
+    return node.name or next((o.name for o in node.outputs if o.name), None) or node.op_type
 
 
 def subgraphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
@@ -58,12 +69,63 @@ def subgraphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def _connect(view: nx.DiGraph, source: str, target: str, value: str) -> None:
+def _connect(view: nx.DiGraph, source: str, target: str, value: str, place: tuple[int, int]) -> None:
     if view.has_edge(source, target):
-        values = view.edges[source, target]["values"]
-        view.edges[source, target]["values"] = values if value in values else (*values, value)
+        edge = view.edges[source, target]
+        edge["values"] = edge["values"] if value in edge["values"] else (*edge["values"], value)
+        edge["places"] = (*edge["places"], place)
     else:
-        view.add_edge(source, target, values=(value,))
+        view.add_edge(source, target, values=(value,), places=(place,))
+
+
+# ---- structure: Weisfeiler-Lehman refinement
+
+Palette = dict[Hashable, int]
+"""Numbers ("colours") for what looks alike. Two views that share a palette share its colours, without collisions."""
+
+
+def colour(palette: Palette, look: Hashable) -> int:
+    """The colour of a look; a look that is new gets the next one."""
+    return palette.setdefault(look, len(palette))
+
+
+def refined(view: nx.DiGraph, colours: Mapping[str, int], palette: Palette) -> dict[str, int]:
+    """One round of Weisfeiler-Lehman: a node's colour and those of its neighbours, by direction and place."""
+    # networkx's own hashes of directed graphs changed with version 3.5, and do not tell in from out with edge labels.
+    return {
+        name: colour(palette, (colours[name], _around(view.pred[name], colours), _around(view.succ[name], colours)))
+        for name in view
+    }
+
+
+def fed(view: nx.DiGraph, colours: Mapping[str, int], palette: Palette) -> dict[str, int]:
+    """A node's colour and those of the nodes that it takes values from; none for a node that takes none."""
+    return {
+        name: colour(palette, (colours[name], _around(edges, colours))) for name, edges in view.pred.items() if edges
+    }
+
+
+def ancestry(view: nx.DiGraph, colours: Mapping[str, int], palette: Palette) -> dict[str, int]:
+    """The refinement along the edges to its end: nodes of one colour compute the same from the same.
+
+    Raises:
+        IRError: when the graph has a cycle.
+    """
+    if not nx.is_directed_acyclic_graph(view):
+        raise IRError("the graph has a cycle, expected none; ir.find_cycle names it")
+    found: dict[str, int] = {}
+    for name in nx.topological_sort(view):
+        found[name] = colour(palette, (colours[name], _around(view.pred[name], found)))
+    return found
+
+
+def _around(edges: Mapping[str, Mapping[str, tuple[int, int]]], colours: Mapping[str, int]) -> tuple[object, ...]:
+    return tuple(sorted((edge["places"], colours[name]) for name, edge in edges.items()))
+
+
+def reverse(view: nx.DiGraph) -> nx.DiGraph:
+    """The same view with every edge turned round."""
+    return view.reverse(copy=False)
 
 
 def find_cycle(model: onnx_ir.Model) -> tuple[str, ...] | None:

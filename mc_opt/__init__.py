@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mc_opt.tools.api import build, capture, compress, load, load_model, save_model, to_torch
+    from mc_opt.tools.api import build, capture, compress, diff, load, load_model, save_model, to_torch
 
 _EXPORTS = {
     "build": "mc_opt.tools.api",
     "capture": "mc_opt.tools.api",
     "compress": "mc_opt.tools.api",
+    "diff": "mc_opt.tools.api",
     "load": "mc_opt.tools.api",
     "load_model": "mc_opt.tools.api",
     "save_model": "mc_opt.tools.api",
     "to_torch": "mc_opt.tools.api",
 }
 
-__all__ = ["__version__", "build", "capture", "compress", "load", "load_model", "save_model", "to_torch"]
+__all__ = ["__version__", "build", "capture", "compress", "diff", "load", "load_model", "save_model", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import mc_opt` loads none of the rooms

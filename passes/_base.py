@@ -48,10 +48,19 @@ class PassError(Exception):
 
 @dataclass
 class Log:
-    """What one pass said about its work, layer by layer."""
+    """What one pass said about its work.
+
+    Attributes:
+        notes: (layer, remark).
+        skips: layer to the reason why it was left alone.
+        rules: the rule behind what it did to a ("node", name) or a ("value", name).
+        rule: the rule of everything else.
+    """
 
     notes: list[tuple[str, str]] = field(default_factory=list)
     skips: dict[str, str] = field(default_factory=dict)
+    rules: dict[tuple[str, str], str] = field(default_factory=dict)
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,20 @@ class Context:
     def skip(self, layer: str, skip: ir.Skip) -> None:
         """Say why a layer is left alone; the first reason for a layer stays."""
         self.log.skips.setdefault(layer, skip.reason)
+
+    def did(self, rule: str, *things: onnx_ir.Node | onnx_ir.Value) -> None:
+        """Say by which rule nodes and constants are about to be removed or changed; without any, all else is.
+
+        Nodes that a pass signs (`ir.provenance`), and what such changes entail, need no word.
+        """
+        if not things:
+            self.log.rule = rule
+        for thing in things:
+            match thing:
+                case onnx_ir.Node():
+                    self.log.rules["node", ir.title_of(thing)] = rule
+                case _:
+                    self.log.rules["value", str(thing.name)] = rule
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Tell the user how far the pass is."""

@@ -42,9 +42,11 @@ class Folding:
 
     def run(self) -> int:
         """Fold until nothing changes; the number of nodes, constants and functions that changed or went."""
-        total = remove_unused(self.model)
+        total = remove_unused(self.model, self.ctx)
         while changed := self._sweep(self.model.graph):
-            total += changed + remove_unused(self.model)  # what is unused must not look as if it needed a weight
+            total += changed + remove_unused(
+                self.model, self.ctx
+            )  # what is unused must not look as if it needed a weight
             ir.infer_shapes(self.model)
             self.left.clear()
         for name, reason in self.left.items():
@@ -64,14 +66,17 @@ class Folding:
         if node.domain != "" or not node.outputs:
             return 0
         if node.op_type == "If":
-            return _branch.inline(node, self.model, constant(node.inputs[0]))
+            if done := _branch.inline(node, self.model, constant(node.inputs[0])):
+                self.ctx.did("If of a known condition", node)
+            return done
         same = _unchanged(node)
         if same is not None and _forward(node, same):
+            self.ctx.did("hands on its input", node)
             return 1
         dims = _known_dims(node)
         if dims is None or self._is_declined(node):
             return 0
-        return self._store(node, [dims], {})
+        return self._store(node, [dims], {}, rule="static shape")
 
     def _fold(self, region: Region) -> int:
         if region.reason is not None:
@@ -88,7 +93,7 @@ class Folding:
                 continue
             results = _compute(node, self.model.opset_imports[""])
             if results is not None and _fits(node, results):
-                folded += self._store(node, results, region.weights)
+                folded += self._store(node, results, region.weights, rule="computed from constants")
         return folded
 
     def _is_declined(self, node: onnx_ir.Node) -> bool:
@@ -99,11 +104,17 @@ class Folding:
         return 0
 
     def _store(
-        self, node: onnx_ir.Node, results: Sequence[np.ndarray], weights: Mapping[onnx_ir.Value, onnx_ir.Value]
+        self,
+        node: onnx_ir.Node,
+        results: Sequence[np.ndarray],
+        weights: Mapping[onnx_ir.Value, onnx_ir.Value],
+        *,
+        rule: str,
     ) -> int:
         """Put constants in the place of a node; a result that is a known weight in another order keeps its name."""
         graph = node.graph
         assert isinstance(graph, onnx_ir.Graph)
+        self.ctx.did(rule, node)
         made: dict[onnx_ir.Value, onnx_ir.Value] = {}
         for value, array in zip(node.outputs, results, strict=False):
             if value.is_graph_output():
@@ -120,6 +131,7 @@ class Folding:
             old = weights.get(value)
             if old is not None and not old.uses():
                 _take_over(old, new, graph)
+            self.ctx.did(rule, new)
         return 1
 
 
@@ -133,12 +145,16 @@ def _take_over(old: onnx_ir.Value, new: onnx_ir.Value, graph: onnx_ir.Graph) -> 
     graph.register_initializer(new)
 
 
-def remove_unused(model: onnx_ir.Model) -> int:
+_UNUSED = "unused"
+
+
+def remove_unused(model: onnx_ir.Model, ctx: Context) -> int:
     """Remove nodes, constants and functions that nothing uses; how many."""
-    removed = _remove_unused_nodes(model.graph)
+    removed = _remove_unused_nodes(model.graph, ctx)
     for graph in model.graphs():
         for value in list(graph.initializers.values()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                ctx.did(_UNUSED, value)
                 graph.initializers.pop(value.name or "")
                 removed += 1
     functions = len(model.functions)
@@ -147,12 +163,13 @@ def remove_unused(model: onnx_ir.Model) -> int:
     return removed + functions - len(model.functions)
 
 
-def _remove_unused_nodes(graph: onnx_ir.Graph) -> int:
+def _remove_unused_nodes(graph: onnx_ir.Graph, ctx: Context) -> int:
     removed = 0
     for node in reversed(graph):
         if any(o.uses() or o.is_graph_output() for o in node.outputs):
-            removed += sum(_remove_unused_nodes(inner) for inner in _branch.bodies(node))
+            removed += sum(_remove_unused_nodes(inner, ctx) for inner in _branch.bodies(node))
             continue
+        ctx.did(_UNUSED, node)
         _branch.remove(node)
         removed += 1
     return removed

@@ -16,6 +16,7 @@ from mc_opt import ir
 from mc_opt.passes._base import Check, Context, Log, Pass, PassError
 from mc_opt.passes._instrument import Bytes, Dump, Instrument, Timing
 from mc_opt.passes._judge import Judge
+from mc_opt.passes._provenance import record
 from mc_opt.passes._report import File, LayerReport, PassReport, Report, Source, Unchecked
 from mc_opt.passes._size import changed_layers, run_bytes, sites, size_of, values_by_name
 from mc_opt.passes._spec import Pipeline, RecipeError, Step
@@ -176,6 +177,7 @@ class _Run:
             rewrites = _rewrite(bound, new, _own(self.ctx, bound.name, log), before)
             if rewrites:
                 _hold(bound, self.model, new, before, self.ctx.check)
+                record(self.model, new, made_by=bound.name, log=log)
             else:
                 new = self.model
             columns: dict[str, Any] = {}

@@ -27,6 +27,9 @@ from mc_opt.passes._refold import Editor, bypass, constant_data, discard, is_con
 _PARAMETERS = ("scale", "bias", "mean", "variance")
 
 
+_BEFORE, _AFTER = "into the layer before", "into the layers after"
+
+
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
     """Fold BatchNormalization into the Conv, ConvTranspose, Gemm or MatMul before or after it.
@@ -60,16 +63,18 @@ class FoldBatchNorm(Pass):
         if isinstance(affine, ir.Skip):
             return affine
         source, result = value_at(node, 0), node.outputs[0]
-        back = Folder(Editor(ctx, (self.name, "into the layer before")), self.border).back(source, affine)
+        back = Folder(Editor(ctx, (self.name, _BEFORE)), self.border).back(source, affine)
         if not isinstance(back, ir.Skip):
+            ctx.did(_BEFORE, node)
             for edit in back:
                 edit()
             _give_name(node, result)
             ctx.note(layer, "folded into the layer before it")
             return None
-        on = Folder(Editor(ctx, (self.name, "into the layers after")), self.border).on(result, affine)
+        on = Folder(Editor(ctx, (self.name, _AFTER)), self.border).on(result, affine)
         if isinstance(on, ir.Skip):
             return ir.Skip(f"{back}; {on}")
+        ctx.did(_AFTER, node)
         for edit in on:
             edit()
         _remove(node, source)

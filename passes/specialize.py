@@ -56,6 +56,7 @@ class Specialize(Pass):
             if name not in inputs:
                 raise ir.OptionError(f"{self.name}: {ir.unknown('input', name, [str(n) for n in inputs])}")
             value, array = inputs[name], self._parse(inputs[name], text)
+            ctx.did("fixed input", value)
             model.graph.inputs.remove(value)
             value.const_value = ctx.keep(array, name)
             value.shape = onnx_ir.Shape(array.shape)

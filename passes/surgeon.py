@@ -70,6 +70,7 @@ class Surgeon(Pass):
         if not changed:
             return 0
         _check_interface(made, self)
+        ctx.did(f"edit() of {Path(self.script).name}")
         model.graph = made.graph
         ir.add_functions(model)
         ir.infer_shapes(model)

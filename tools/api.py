@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx_ir
 from mc_opt import ir, passes, targets
 from mc_opt.passes import Pass, Pipeline, Report
 from mc_opt.targets import Target
-from mc_opt.tools.driver import Request, compile_model
+from mc_opt.tools.driver import MODEL, Request, compile_model
 
 if TYPE_CHECKING:
     from mc_opt.targets import Artefact
@@ -127,6 +128,37 @@ def build(
     chosen = [made for item in several for made in (targets.parse_targets(item) if isinstance(item, str) else [item])]
     request = Request(model=_model(model), targets=tuple(chosen), out=Path(out), shapes=shapes or {}, check=check)
     return compile_model(request).report
+
+
+def diff(
+    a: onnx_ir.Model | str | os.PathLike[str],
+    b: onnx_ir.Model | str | os.PathLike[str],
+    *,
+    data: ir.Data | str | os.PathLike[str] | None = None,
+    states: Mapping[str, str] | None = None,
+) -> ir.Diff:
+    """What changed from one model to another: nodes, weights and layers, with the pass and rule behind each change.
+
+    Args:
+        a: a model, an ONNX file, or an output folder.
+        b: the other one.
+        data: real inputs; with them, how far apart each value is that both models have.
+        states: recurrent states that the data carries, output name to input name.
+    """
+    first, second = (_found(x) for x in (a, b))
+    found = ir.diff(first, second)
+    if data is None:
+        return found
+    if isinstance(data, str | os.PathLike):
+        data = ir.load_data(Path(data), first, states=states or {})
+    return dataclasses.replace(found, drift=ir.value_drift(first, second, data, states=states))
+
+
+def _found(model: onnx_ir.Model | str | os.PathLike[str]) -> onnx_ir.Model:
+    if isinstance(model, onnx_ir.Model):
+        return model
+    path = Path(model)
+    return ir.load_model(path / MODEL if path.is_dir() else path, check="structure")
 
 
 def load(out: str | os.PathLike[str], target: str | None = None) -> Artefact:

@@ -10,6 +10,7 @@ import onnx.shape_inference
 import onnx_ir
 
 from mc_opt.ir.errors import IRError, OptionError
+from mc_opt.ir.history import Origin, Touched, add_history
 from mc_opt.ir.io.weightless import graphs, walk, weightless
 
 _SHAPE = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*|scalar)")
@@ -48,6 +49,8 @@ def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> N
         IRError: an unknown input, a rank or a number that the model contradicts, or one name with two numbers.
     """
     inputs = {value.name: value for value in model.graph.inputs}
+    ends = (*model.graph.inputs, *model.graph.outputs)
+    before = [str(value.shape) for value in ends]
     numbers: dict[str, int] = {}
     for name, dims in shapes.items():
         if name not in inputs:
@@ -67,6 +70,10 @@ def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> N
     for value in model.graph.outputs:
         if value.shape is None:
             value.shape = declared.get(id(value))
+    fixed = [str(value.name) for value, was in zip(ends, before, strict=True) if str(value.shape) != was]
+    if fixed:
+        rule = " ".join(format_shape(name, dims) for name, dims in shapes.items())
+        add_history(model, [Touched(Origin("--shape", rule), (), tuple(fixed))])
 
 
 def _check(value: onnx_ir.Value, name: str, dims: tuple[int, ...], numbers: dict[str, int]) -> None:
