@@ -2,6 +2,7 @@
 
     python -m benchmarks.rounding
     python -m benchmarks.rounding --passes 'denseshift{terms=2}'
+    python -m benchmarks.rounding --volume -35 -25 -20
 
 Resemblyzer's three LSTM layers over 1.6 s windows of speech, half a second apart, at the volume it was trained with.
 All three compute the same packed network, so that what differs is rounding.
@@ -19,21 +20,17 @@ import mc_opt
 from mc_opt import ir
 from tests.models._fetch import fetch_public
 from tests.models.catalogue import resemblyzer
-from tests.models.inputs import RATE, mel_frames, speech
+from tests.models.inputs import RATE, at_volume, mel_frames, speech
 
-WINDOW, HOP, VOLUME = int(1.6 * RATE), RATE // 2, 10 ** (-30 / 20)
+WINDOW, HOP = int(1.6 * RATE), RATE // 2
 BOUND = 1e-4
 
 
-def windows(root: Path) -> list[np.ndarray]:
-    """Mel spectrograms [1, 160, 40] of windows at -30 dBFS."""
+def windows(root: Path, dbfs: float) -> list[np.ndarray]:
+    """Mel spectrograms [1, 160, 40] of windows that have this volume each."""
     sound = speech(root)
-    result = []
-    for start in range(0, len(sound) - WINDOW, HOP):
-        part = sound[start : start + WINDOW]
-        loud = part * min(VOLUME / (float(np.sqrt((part**2).mean())) + 1e-9), 50)
-        result.append(mel_frames(loud)[None, :160])
-    return result
+    starts = range(0, len(sound) - WINDOW, HOP)
+    return [mel_frames(at_volume(sound[start : start + WINDOW], dbfs))[None, :160] for start in starts]
 
 
 def main() -> None:
@@ -42,7 +39,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", default="denseshift")
-    passes = parser.parse_args().passes
+    parser.add_argument("--volume", nargs="*", type=float, default=[-30], help="dBFS of the windows, several in turn")
+    options = parser.parse_args()
+    passes = options.passes
     root = fetch_public("resemblyzer", "pyannote-audio")
     original = resemblyzer(root)
     packed, _ = mc_opt.compress(original, passes, check="structure")
@@ -52,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mc_opt.build(packed, "x86", folder)
         artefact = mc_opt.load(folder)
-        for mel in windows(root):
+        for mel in (m for dbfs in options.volume for m in windows(root, dbfs)):
             (a,), (b,) = artefact.run({"m": mel}).values(), judge.run({"m": mel}).values()
             with torch.no_grad():
                 c = double(torch.from_numpy(mel).double())[0].numpy()

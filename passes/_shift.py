@@ -1,4 +1,4 @@
-"""Zero-free power-of-two codes of a weight matrix: the codebook, the scale search and the sum of two codes."""
+"""Zero-free power-of-two codes of a weight matrix: the codebook, the scale search, row sums, the sum of two codes."""
 
 from __future__ import annotations
 
@@ -37,11 +37,19 @@ def shift_codebook(bits: int) -> np.ndarray:
     return np.concatenate([levels, -levels])
 
 
-def fit(w: np.ndarray, bits: int, *, group_size: int, terms: int, rounding: Rounding) -> tuple[ShiftCodes, ...]:
+def fit(
+    w: np.ndarray, bits: int, *, group_size: int, terms: int, rounding: Rounding, balance: float = 0.0
+) -> tuple[ShiftCodes, ...]:
     """Codes and scales, one `ShiftCodes` a term, with Σ_t codebook[codes_t]·scale_t ≈ w in least squares.
 
     w: [rows, cols]. A group is `group_size` neighbours in a row, the last may be shorter; 0 makes a row one group.
+    `balance` > 0 lowers ‖e‖² + balance·(Σe)² instead, e the errors of a group, so that what its inputs have in common
+    passes as through w; for one term and nearest rounding.
     """
+    if balance and (terms > 1 or rounding != "nearest"):
+        raise ValueError(
+            f"balance={balance} with terms={terms} rounding={rounding}: only terms=1 rounding=nearest has it"
+        )
     rows, cols = w.shape
     starts = range(0, cols, group_size or max(cols, 1))
     whole = cols // group_size * group_size if group_size else cols
@@ -49,11 +57,11 @@ def fit(w: np.ndarray, bits: int, *, group_size: int, terms: int, rounding: Roun
     scales = np.empty((terms, rows, len(starts)), w.dtype)
     if whole:  # the groups of equal length in one go, as rows of their own
         length = group_size or cols
-        full_codes, full_scales = _fit_rows(w[:, :whole].reshape(-1, length), bits, terms, rounding, w.dtype)
+        full_codes, full_scales = _fit_rows(w[:, :whole].reshape(-1, length), bits, terms, rounding, balance, w.dtype)
         codes[:, :, :whole] = full_codes.reshape(terms, rows, whole)
         scales[:, :, : whole // length] = full_scales.reshape(terms, rows, -1)
     if whole < cols:
-        codes[:, :, whole:], scales[:, :, -1] = _fit_rows(w[:, whole:], bits, terms, rounding, w.dtype)
+        codes[:, :, whole:], scales[:, :, -1] = _fit_rows(w[:, whole:], bits, terms, rounding, balance, w.dtype)
     return tuple(ShiftCodes(codes[t], scales[t]) for t in range(terms))
 
 
@@ -69,7 +77,7 @@ def decode(fitted: tuple[ShiftCodes, ...], bits: int, *, group_size: int) -> np.
 
 
 def _fit_rows(
-    w: np.ndarray, bits: int, terms: int, rounding: Rounding, dtype: np.dtype
+    w: np.ndarray, bits: int, terms: int, rounding: Rounding, balance: float, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """w: [groups, n] -> codes [terms, groups, n] and scales [terms, groups], a block of groups at a time."""
     groups, n = w.shape
@@ -81,6 +89,9 @@ def _fit_rows(
         _, exponent = np.frexp(np.abs(x).max(axis=1, initial=0))
         x = np.ldexp(x, 1 - exponent[:, None]).astype(np.float32)
         found = _search(x, bits, rounding)[None, :]
+        if balance:
+            scales[0, block], codes[0, block] = _balance(x, found[0], exponent, bits, balance, dtype)
+            continue
         scales[:, block], codes[:, block] = _store(x, found, exponent, bits, rounding, dtype)
         if terms == 1:
             continue
@@ -100,6 +111,46 @@ def _store(
     with np.errstate(under="ignore", over="ignore"):
         stored = np.ldexp(scales.astype(np.float64), exponent - 1).astype(dtype)
     return stored, _codes_of_sum(x, _normal(stored, exponent), bits, rounding)
+
+
+def _balance(
+    x: np.ndarray, scale: np.ndarray, exponent: np.ndarray, bits: int, weight: float, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scales as stored and codes of low ‖e‖² + weight·(Σe)², e = x - s·q: descent in codes and scales in turn.
+
+    x: [groups, n], scale: [groups] -> [groups] and [groups, n] uint8.
+    """
+    columns = np.ascontiguousarray(x.T)
+    codes = np.ascontiguousarray(_nearest(x, scale, bits, "nearest").T)
+    total = columns.sum(axis=0, dtype=np.float64)
+    for _ in range(_SWEEPS):
+        with np.errstate(under="ignore", over="ignore"):
+            stored = np.ldexp(scale.astype(np.float64), exponent - 1).astype(dtype)
+        scale = _normal(stored, exponent)
+        _balance_codes(columns, codes, scale, bits, weight)
+        q = shift_codebook(bits)[codes]
+        sums = q.sum(axis=0, dtype=np.float64)
+        cross = np.einsum("ng,ng->g", q, columns, dtype=np.float64) + weight * sums * total
+        square = np.einsum("ng,ng->g", q, q, dtype=np.float64) + weight * sums**2
+        # A row of zeros keeps its scale of 0, and no scale turns negative: the signs are in the codes.
+        scale = np.where((scale > 0) & (cross > 0), cross / square, scale)
+    return stored, codes.T
+
+
+def _balance_codes(columns: np.ndarray, codes: np.ndarray, scale: np.ndarray, bits: int, weight: float) -> None:
+    """Each weight's best code in turn, given the errors of the others; the objective never rises.
+
+    ‖e‖² + weight·(Σe)² is least in e_j where that is -weight/(1 + weight)·Σ_{i≠j} e_i, so the code is the nearest to
+    x_j + weight/(1 + weight)·Σ_{i≠j} e_i. columns: [n, groups]; codes: [n, groups], edited in place.
+    """
+    book = shift_codebook(bits)
+    share = np.float32(weight / (1 + weight))
+    rest = columns - book[codes] * scale
+    total = rest.sum(axis=0)
+    for j, column in enumerate(columns):
+        others = total - rest[j]
+        codes[j] = _nearest((column + share * others)[:, None], scale, bits, "nearest")[:, 0]
+        total = others + (column - book[codes[j]] * scale)
 
 
 def _normal(stored: np.ndarray, exponent: np.ndarray) -> np.ndarray:

@@ -100,6 +100,24 @@ def test_overrides_reach_a_layer() -> None:
     assert bits == {"a": 4, "b": 2, "c": 4}
 
 
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_cells_keep_the_sums_of_their_rows(op: str, gates: int) -> None:
+    text = f"""g (float[5,1,40] s) => (float[5,1,1,32] y) <float[1,{gates * 32},40] w, float[1,{gates * 32},32] r> {{
+        y = {op} <hidden_size: int = 32> (s, w, r)
+    }}"""
+    # A few large weights; most of the others are far below the smallest level, and positive.
+    w = np.random.default_rng(0).normal(0.02, 0.01, (gates * 32, 40)).astype(np.float32)
+    w[:, 20:24] *= 1000
+    weights = {"w": w, "r": w[:, :32]}
+    for rounding, balance in (("nearest", 0.1), ("log2", 0.0)):
+        packed, _ = apply(f"denseshift{{rounding={rounding}}}", model(text, {k: v[None] for k, v in weights.items()}))
+        for name, weight in weights.items():
+            (fitted,) = _shift.fit(weight, 4, group_size=0, terms=1, rounding=rounding, balance=balance)
+            stored = {k: packed.graph.initializers[f"{name}.{k}"].const_value for k in ("codes", "scale")}
+            np.testing.assert_array_equal(stored["codes"].numpy(), ir.pack_codes(fitted.codes, 4))
+            np.testing.assert_array_equal(stored["scale"].numpy().ravel(), fitted.scales.ravel())
+
+
 def test_declines_what_would_not_get_smaller() -> None:
     column = "g (float[2,1] x) => (float[2,64] y) <float[1,64] w> { y = MatMul (x, w) }"
     assert skipped("denseshift{skip=}", column) == {
@@ -187,10 +205,46 @@ def test_a_sum_is_never_worse_than_one_code_nor_that_than_nothing(
     assert (one <= np.square(w, dtype=np.float64).sum(axis=1) * 1.001 + 1e-76).all()
 
 
-def test_rows_without_a_scale() -> None:
+@given(
+    rows=st.integers(1, 5),
+    cols=st.integers(1, 40),
+    bits=st.sampled_from([2, 3, 4]),
+    group=st.sampled_from([0, 1, 3, 8]),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_balance_lowers_what_it_says(rows: int, cols: int, bits: int, group: int, dtype: type, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_normal((rows, cols)) * np.exp(rng.normal(0, 3, cols))).astype(dtype)
+
+    def objective(weight: float) -> float:
+        fitted = _shift.fit(w, bits, group_size=group, terms=1, rounding="nearest", balance=weight)
+        rest = w.astype(np.float64) - _shift.decode(fitted, bits, group_size=group)
+        groups = np.add.reduceat(rest, range(0, cols, group or cols), axis=1)
+        return float(np.square(rest).sum() + 0.5 * np.square(groups).sum())
+
+    # The scales are rounded to the weight's type, of which half has 11 bits.
+    slack = 1e-2 if dtype is np.float16 else 1e-5
+    assert objective(0.5) <= objective(0) * (1 + slack) + slack * 1e-3 * float(np.square(w, dtype=np.float64).sum())
+
+
+def test_balance_changes_the_signs_of_small_weights() -> None:
+    w = np.array([[8, 0.01, 0.02, 0.01, 0.02, -4, 0.02, 0.01, 0.01, 0.02]], np.float32)
+    plain, balanced = (
+        _shift.decode(_shift.fit(w, 3, group_size=0, terms=1, rounding="nearest", balance=b), 3, group_size=0)
+        for b in (0.0, 0.1)
+    )
+    assert (plain[0, [1, 2, 3, 4, 6, 7, 8, 9]] > 0.9).all(), "eight weights of almost 0 are a sum of almost 8"
+    assert plain.sum() - w.sum() > 5
+    assert abs(balanced.sum() - w.sum()) < 1
+    np.testing.assert_allclose(np.abs(balanced), np.abs(plain), rtol=0.2)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.1])
+def test_rows_without_a_scale(balance: float) -> None:
     w = np.zeros((4, 9), np.float32)
     w[1], w[2], w[3, 4] = 3, 1e-45, -2
-    fitted = _shift.fit(w, 4, group_size=0, terms=1, rounding="nearest")
+    fitted = _shift.fit(w, 4, group_size=0, terms=1, rounding="nearest", balance=balance)
     decoded = _shift.decode(fitted, 4, group_size=0)
     assert fitted[0].scales[0] == 0 and not decoded[0].any(), "a row of zeros has scale 0: no code is zero"
     np.testing.assert_array_equal(decoded[1], w[1])
