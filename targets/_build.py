@@ -22,7 +22,7 @@ import mc_opt
 from mc_opt import ir
 from mc_opt.targets import _machine, _zig
 from mc_opt.targets._machine import Machine
-from mc_opt.targets._relax import intrinsics, lower
+from mc_opt.targets._relax import dims, intrinsics, lower
 from mc_opt.targets.kernels import _schedule
 
 _STEPS = 4
@@ -95,18 +95,25 @@ def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, re
         with reporter.step("fuse and schedule"):
             module = fuse(lowered.module)
             main = next(f for v, f in module.functions.items() if v.name_hint == "main")
-            types = [(tuple(int(d) for d in t.shape), str(t.dtype)) for t in main.ret_ty.fields]
+            types = [([_extent(d) for d in t.shape], str(t.dtype)) for t in main.ret_ty.fields]
             module, notes = _schedule.schedule(module, machine)
         if form == "static":
             _write_static(module, machine, folder, prefix=prefix, names=(inputs, outputs), reporter=reporter)
         else:
             _write_vm(module, target, folder, reporter)
     return {
-        "outputs": [[n, list(shape), dtype] for n, (shape, dtype) in zip(outputs, types, strict=True)],
+        "outputs": [[n, shape, dtype] for n, (shape, dtype) in zip(outputs, types, strict=True)],
         "kernels": sorted(lowered.kernels),
         "fallbacks": sorted([*lowered.fallbacks, *notes]),
+        "limits": lowered.limits,
         "seconds": reporter.seconds,
     }
+
+
+def _extent(d: Any) -> int | str:
+    """An extent as the manifest has it: a number, or the text of an open one."""
+    size = dims.dim(d)
+    return size if isinstance(size, int) else dims.text(size)
 
 
 def llvm_target(machine: Machine) -> tvm.target.Target:

@@ -16,10 +16,10 @@ NAME = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """An input or output: its name, shape and numpy type."""
+    """An input or output: its name, shape and numpy type; an open dimension stands there by its name."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     dtype: str
 
 
@@ -41,10 +41,15 @@ class Manifest:
     kernels: tuple[str, ...]
     fallbacks: tuple[str, ...]
     files: dict[str, str]
+    # The largest sizes of open dimensions, where the model has any.
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """The file's text."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        data = dataclasses.asdict(self)
+        if not self.limits:
+            del data["limits"]
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def sha256(path: Path) -> str:
@@ -79,7 +84,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
     def ports(key: str) -> tuple[Port, ...]:
         return tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[key])
 
-    fields = {f.name: data[f.name] for f in dataclasses.fields(Manifest)}
+    fields = {f.name: data[f.name] for f in dataclasses.fields(Manifest) if f.name in data or f.name != "limits"}
     for key in ("features", "kernels", "fallbacks"):
         fields[key] = tuple(fields[key])
     return Manifest(**{**fields, "inputs": ports("inputs"), "outputs": ports("outputs")})

@@ -12,6 +12,7 @@ from mc_opt.targets import _c_source, _installed, _manifest, _process
 from mc_opt.targets._base import Built, Progress
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._manifest import Port
+from mc_opt.targets._open import open_shapes
 from mc_opt.targets._refusal import check, check_nodes
 from mc_opt.targets._runner import runner
 
@@ -47,7 +48,7 @@ def compile_model(
     Raises:
         TargetError: the model cannot be built; the text names the input or node and what to do.
     """
-    check(model, machine.kind)
+    check(model, machine.kind, form=form)
     _installed.check_compiler()
     check_nodes(model, machine.kind)
     answer = _process.build(model, folder, machine, form=form, prefix=prefix, progress=progress)
@@ -71,6 +72,7 @@ def compile_model(
         kernels=tuple(answer["kernels"]),
         fallbacks=tuple(answer["fallbacks"]),
         files=files,
+        limits=answer["limits"],
     )
     (folder / _manifest.NAME).write_text(manifest.text(), encoding="utf-8")
     return Built(
@@ -85,8 +87,7 @@ def compile_model(
 
 def _inputs(model: onnx_ir.Model) -> tuple[Port, ...]:
     ports = []
-    for value in model.graph.inputs:
-        assert value.name is not None and value.shape is not None and value.dtype is not None  # check() saw to it
-        shape = tuple(int(d) for d in value.shape if isinstance(d, int))
+    for value, shape in zip(model.graph.inputs, open_shapes(model), strict=True):
+        assert value.name is not None and value.dtype is not None  # check() saw to it
         ports.append(Port(value.name, shape, str(np.dtype(value.dtype.numpy()))))
     return tuple(ports)

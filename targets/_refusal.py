@@ -7,19 +7,26 @@ import onnx_ir
 
 from mc_opt.ir import shape_advice, type_text
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._open import open_shapes
 
 _FLOATS = ("bool", "float16", "float32", "float64")
 _TYPES = (*_FLOATS, "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
-def check(model: onnx_ir.Model, target: str) -> None:
-    """Refuse inputs without a static shape or of an unknown type: what no pass will mend.
+def check(model: onnx_ir.Model, target: str, *, form: str = "vm") -> None:
+    """Refuse inputs of an unknown type, or of a size that may not stay open: what no pass will mend.
+
+    Args:
+        model: what goes in.
+        target: whose name the message begins with.
+        form: `vm` takes any batch and any length of a sequence; `static` has one plan of its memory.
 
     Raises:
         TargetError: naming the input, and what to do.
     """
+    open_shapes(model, target)
     for value in model.graph.inputs:
-        _check_input(model, value, target)
+        _check_input(model, value, target, form)
 
 
 def check_nodes(model: onnx_ir.Model, target: str) -> None:
@@ -39,11 +46,12 @@ def _attributes(node: onnx_ir.Node) -> list[onnx_ir.Attr]:
     return list(node.attributes.values())
 
 
-def _check_input(model: onnx_ir.Model, value: onnx_ir.Value, target: str) -> None:
-    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+def _check_input(model: onnx_ir.Model, value: onnx_ir.Value, target: str, form: str) -> None:
+    assert value.shape is not None  # open_shapes() saw to it
+    if form == "static" and not all(isinstance(d, int) for d in value.shape):
         raise TargetError(
-            f"{target}: input {value.name!r} has the symbolic shape {type_text(value)}, and kernels are built for one"
-            f" shape; add for example {shape_advice(model)}"
+            f"{target}: input {value.name!r} has the symbolic shape {type_text(value)}, and form=static plans memory"
+            f" for one shape; build form=vm, or add for example {shape_advice(model)}"
         )
     if 0 in value.shape:
         raise TargetError(

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from mc_opt.targets._manifest import Port
+from mc_opt.targets._open import names_of
 
 _CODES = {"int": "kDLInt", "uint": "kDLUInt", "float": "kDLFloat", "bool": "kDLBool"}
 
 
 def runner(inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> str:
     """The program for a model with these inputs and outputs."""
-    return _TEMPLATE.replace("@INPUTS@", ", ".join(_port(p) for p in inputs)).replace("@OUTPUTS@", str(len(outputs)))
+    names = names_of([p.shape for p in inputs])
+    text = _TEMPLATE
+    for fixed, of_any_size in _OPEN if names else ():
+        assert fixed in text, fixed
+        text = text.replace(fixed, of_any_size)
+    text = text.replace("@INPUTS@", ", ".join(_port(p, names) for p in inputs))
+    text = text.replace("@NAMES@", ", ".join(f'"{name}"' for name in names))
+    return text.replace("@OUTPUTS@", str(len(outputs)))
 
 
-def _port(port: Port) -> str:
+def _port(port: Port, names: tuple[str, ...]) -> str:
     kind = port.dtype.rstrip("0123456789")
     bits = int(port.dtype[len(kind) :] or 8)
-    shape = ", ".join(str(d) for d in port.shape)
+    shape = ", ".join(str(d if isinstance(d, int) else -1 - names.index(d)) for d in port.shape)
     return f"{{{{{shape}}}, DLDataType{{{_CODES[kind]}, {bits}, 1}}}}"
 
 
@@ -123,3 +131,49 @@ int main(int count, char** words) {
   return 0;
 }
 """
+
+# What differs in the program of a model with open dimensions: their sizes are words before the files.
+_OPEN = (
+    (
+        "// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...\n",
+        "// Loads model.so and runs it once: runner model.so name=size ... input.bin ... output.bin ...\n"
+        "//\n// Every open dimension of manifest.json gets a size, as in batch=4.\n",
+    ),
+    ("//   ./runner model.so input.bin output.bin\n", "//   ./runner model.so name=4 input.bin output.bin\n"),
+    ("#include <vector>\n", "#include <vector>\n#include <cstring>\n"),
+    (
+        "const size_t kOutputs = @OUTPUTS@;\n",
+        "const size_t kOutputs = @OUTPUTS@;\n"
+        "// Open dimensions; a port has -1 for the first, -2 for the second.\n"
+        "const std::vector<std::string> kNames = {@NAMES@};\n",
+    ),
+    ("struct Allocator {\n", "std::vector<int64_t> sizes(kNames.size(), 0);\n\nstruct Allocator {\n"),
+    (
+        "  ffi::Tensor tensor =\n      ffi::Tensor::FromNDAlloc(Allocator(), ffi::Shape(port.shape), port.dtype,",
+        "  std::vector<int64_t> shape = port.shape;\n"
+        "  for (int64_t& extent : shape) extent = extent < 0 ? sizes[-1 - extent] : extent;\n"
+        "  ffi::Tensor tensor =\n      ffi::Tensor::FromNDAlloc(Allocator(), ffi::Shape(shape), port.dtype,",
+    ),
+    (
+        "  std::vector<std::string> paths(words + 1, words + count);\n  if (paths.size()",
+        "  std::vector<std::string> paths;\n"
+        "  for (int i = 1; i < count; ++i) {\n"
+        "    size_t k = 0;\n"
+        "    for (; k < kNames.size(); ++k) {\n"
+        "      size_t length = kNames[k].size();\n"
+        "      if (!std::strncmp(words[i], kNames[k].c_str(), length) && words[i][length] == '=') {\n"
+        "        sizes[k] = std::atoll(words[i] + length + 1);\n"
+        "        break;\n"
+        "      }\n"
+        "    }\n"
+        "    if (k == kNames.size()) paths.push_back(words[i]);\n"
+        "  }\n"
+        "  for (size_t k = 0; k < kNames.size(); ++k) {\n"
+        "    if (sizes[k] > 0) continue;\n"
+        '    std::fprintf(stderr, "usage: every dimension needs a size, as in %s=4\\n", kNames[k].c_str());\n'
+        "    return 2;\n"
+        "  }\n"
+        "  if (paths.size()",
+    ),
+    ("usage: %s model.so (%zu", "usage: %s model.so name=size ... (%zu"),
+)

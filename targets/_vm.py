@@ -60,37 +60,78 @@ class Artefact:
         Raises:
             DataError: an input is missing, unknown, or has another shape or type.
         """
-        arrays = check_inputs(self.manifest.inputs, inputs)
+        arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
         tensors = [self._tvm.runtime.tensor(a) for a in arrays]
         with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
             results = [r.numpy() for r in self._main(*tensors)]
         return {port.name: array for port, array in zip(self.manifest.outputs, results, strict=True)}
 
 
-def check_inputs(ports: tuple[Port, ...], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def check_inputs(
+    ports: tuple[Port, ...], inputs: Mapping[str, np.ndarray], limits: Mapping[str, int] | None = None
+) -> list[np.ndarray]:
     """The arrays in the order of `ports`, contiguous.
 
+    Args:
+        ports: the inputs.
+        inputs: their arrays by name.
+        limits: the largest sizes of open dimensions.
+
     Raises:
-        DataError: an input is missing, unknown, or has another shape or type.
+        DataError: an input is missing, unknown, or has another shape or type; or an open dimension has two sizes, or
+            one that the model does not take.
     """
     known = {p.name for p in ports}
     for name in inputs:
         if name not in known:
             raise DataError(f"input {name!r}: the model has no such input (known: {', '.join(sorted(known))})")
     arrays = []
+    sizes: dict[str, tuple[int, str]] = {}
     for port in ports:
         if port.name not in inputs:
             raise DataError(f"input {port.name!r}: missing; expected {port.dtype}{list(port.shape)}")
         array = np.asarray(inputs[port.name])
-        if array.shape != port.shape:
+        if not _fits(array.shape, port.shape):
+            wanted = ", ".join(map(str, port.shape))
+            is_open = any(isinstance(d, str) for d in port.shape)
+            advice = "a name stands for any size" if is_open else "build again with another --shape"
             raise DataError(
-                f"input {port.name!r}: has shape {list(array.shape)}, expected {list(port.shape)};"
-                " a target's kernels are built for one shape: build again with another --shape"
+                f"input {port.name!r}: has shape {list(array.shape)}, expected [{wanted}];"
+                f" a target's kernels are built for one shape: {advice}"
             )
+        _check_sizes(port, array.shape, sizes, limits or {})
         if str(array.dtype) != port.dtype:
             raise DataError(f"input {port.name!r}: is {array.dtype}, expected {port.dtype}; convert it with .astype")
         arrays.append(np.asarray(array, order="C"))
     return arrays
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        isinstance(d, str) or n == d for n, d in zip(shape, expected, strict=True)
+    )
+
+
+def _check_sizes(
+    port: Port, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]], limits: Mapping[str, int]
+) -> None:
+    """Hold the open dimensions of one input to those of the inputs before it, which `sizes` keeps."""
+    for size, name in zip(shape, port.shape, strict=True):
+        if not isinstance(name, str):
+            continue
+        if size < 1:
+            raise DataError(f"input {port.name!r}: its dimension {name!r} is {size}; expected 1 or more")
+        if size > limits.get(name, size):
+            raise DataError(
+                f"input {port.name!r}: its dimension {name!r} is {size}, and the model takes at most {limits[name]};"
+                " cut it to that"
+            )
+        known, other = sizes.setdefault(name, (size, port.name))
+        if known != size:
+            raise DataError(
+                f"input {port.name!r}: its dimension {name!r} is {size}, but {known} in input {other!r};"
+                " a dimension has one size"
+            )
 
 
 def load_artefact(folder: str | Path, target: str | None = None) -> Artefact:

@@ -49,12 +49,12 @@ class X86(Target):
         return _native.resolved(self.machine(), form=self.form, prefix=self.prefix)
 
     def check(self, model: onnx_ir.Model) -> None:
-        """Refuse symbolic shapes and inputs of unknown types, and a machine without TVM.
+        """Refuse open sizes but for the batch and sequences, inputs of unknown types, and a machine without TVM.
 
         Raises:
             TargetError: naming the input or the package, and what to do.
         """
-        check(model, self.name)
+        check(model, self.name, form=self.form)
         _installed.check_compiler()
 
     def check_nodes(self, model: onnx_ir.Model) -> None:

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir
-from tvm import relax, te
+from tvm import relax, te, tirx
 
 from mc_opt.ir import IRError
 from mc_opt.targets._machine import Machine
-from mc_opt.targets._relax import folding
+from mc_opt.targets._relax import dims, folding
+from mc_opt.targets._relax.dims import Dim, Shape
 
 Layout = Literal["plain", "nhwc"]
 Handler = Callable[["Emitter", onnx_ir.Node], None]
@@ -55,10 +55,11 @@ class LookupWeight:
 
 @dataclasses.dataclass
 class _Held:
-    """What is known of one value; at least one of `array`, `plain`, `nhwc` and `make` is there."""
+    """What is known of one value; at least one of `array`, `sizes`, `plain`, `nhwc` and `make` is there."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     array: np.ndarray | None = None
+    sizes: np.ndarray | None = None
     plain: relax.Expr | None = None
     nhwc: relax.Expr | None = None
     make: Callable[[], relax.Expr] | None = None
@@ -89,8 +90,14 @@ class Emitter:
         self.model = model
         self.kernels: list[str] = []
         self.fallbacks: list[str] = []
+        self.names: dict[str, tirx.Var] = {}  # the open dimensions of the inputs
+        self.limits: dict[str, int] = {}  # the largest sizes that the model takes
         self._held: dict[onnx_ir.Value, _Held] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
+
+    def dimension(self, name: str) -> tirx.Var:
+        """The variable of an open dimension of the inputs."""
+        return self.names.setdefault(name, tirx.Var(name, "int64"))
 
     # what a handler asks
 
@@ -99,7 +106,14 @@ class Emitter:
         held = self._find(value)
         return None if held is None else held.array
 
-    def shape(self, value: onnx_ir.Value) -> tuple[int, ...]:
+    def sizes(self, value: onnx_ir.Value | None) -> np.ndarray | None:
+        """Integers that are known but for the open dimensions, as in a computed shape: an array of extents."""
+        held = self._find(value)
+        if held is None or held.array is None:
+            return None if held is None else held.sizes
+        return held.array.astype(object) if held.array.dtype.kind in "iu" else None
+
+    def shape(self, value: onnx_ir.Value) -> Shape:
         """The value's shape in ONNX's own layout."""
         return self._get(value).shape
 
@@ -108,6 +122,8 @@ class Emitter:
         held = self._get(value)
         if held.array is not None:
             return str(held.array.dtype)
+        if held.sizes is not None:
+            return "int64"
         expr = held.nhwc if held.nhwc is not None else held.plain
         if expr is not None:
             return str(expr.ty.dtype)
@@ -181,24 +197,42 @@ class Emitter:
 
     def te(self, fn: Callable[..., Any], *args: relax.Expr, name: str) -> relax.Var:
         """Emit the kernel that the tensor expression `fn(*args)` describes."""
-        return self.bb.emit_te(fn, *args, primfunc_name_hint=name)
+        return self.kernel(fn, *args, name=name)
 
     def tuple_te(self, fn: Callable[..., Sequence[Any]], *args: relax.Expr, name: str) -> list[relax.Var]:
         """Emit one kernel with several outputs."""
-        result = self.bb.emit_te(fn, *args, primfunc_name_hint=name)
+        result = self.kernel(fn, *args, name=name)
         return [self.bb.emit(relax.TupleGetItem(result, k)) for k in range(len(result.ty.fields))]
+
+    def kernel(
+        self, fn: Callable[..., Any], *args: relax.Expr, name: str, attributes: dict[str, int] | None = None
+    ) -> relax.Var:
+        """Emit the kernel of a tensor expression, with attributes of its PrimFunc."""
+        if not self.names:
+            return self.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=attributes)
+        # emit_te would give the arguments dimensions of their own, which are not those that `fn` holds.
+        tensors = [te.placeholder(tuple(a.ty.shape), str(a.ty.dtype), name=f"p{k}") for k, a in enumerate(args)]
+        made = fn(*tensors)
+        results = [made] if isinstance(made, te.Tensor) else list(made)
+        free = _free(te.create_prim_func([*tensors, *results], "int64"), self.names)
+        function = te.create_prim_func([*tensors, *free, *results], "int64").without_attr("global_symbol")
+        if attributes:
+            function = function.with_attrs(attributes)
+        types = [relax.TensorType(dims.sizes(r), str(r.dtype)) for r in results]
+        variable = self.bb.add_func(function, name)
+        return self.bb.emit(relax.call_tir(variable, [*args, *free], types[0] if len(types) == 1 else types))
 
     def call(
         self,
         prim_func: Any,
         args: Sequence[relax.Expr],
-        outputs: Sequence[tuple[Sequence[int], str]],
+        outputs: Sequence[tuple[Sequence[Dim], str]],
         *,
         name: str,
     ) -> list[relax.Var]:
         """Emit a call of a ready PrimFunc (inputs first, then outputs); returns one variable an output."""
         function = self.bb.add_func(prim_func, name)
-        types = [relax.TensorType([int(s) for s in shape], dtype) for shape, dtype in outputs]
+        types = [relax.TensorType(list(shape), dtype) for shape, dtype in outputs]
         if len(types) == 1:
             return [self.bb.emit(relax.call_tir(function, list(args), types[0]))]
         result = self.bb.emit(relax.call_tir(function, list(args), types))
@@ -213,7 +247,7 @@ class Emitter:
 
     def set(self, value: onnx_ir.Value, expr: relax.Expr, layout: Layout = "plain") -> None:
         """State what computes a value, and in which layout."""
-        shape = tuple(int(s) for s in expr.ty.shape)
+        shape = tuple(dims.sizes(expr))
         if layout == "plain":
             self._held[value] = _Held(shape, plain=expr)
         else:
@@ -223,11 +257,21 @@ class Emitter:
         """State that a value is known while building."""
         self._held[value] = _Held(tuple(array.shape), array=array)
 
+    def set_sizes(self, value: onnx_ir.Value, extents: np.ndarray) -> None:
+        """State that a value holds extents: integers, and expressions of the open dimensions."""
+        flat = [dims.simple(d) for d in extents.reshape(-1)]
+        if dims.is_static(flat):
+            self.set_constant(value, np.array(flat, np.int64).reshape(extents.shape))
+            return
+        held = np.empty(len(flat), object)
+        held[:] = flat
+        self._held[value] = _Held(tuple(extents.shape), sizes=held.reshape(extents.shape))
+
     def alias(self, value: onnx_ir.Value, source: onnx_ir.Value) -> None:
         """State that a value is another one; conversions of either serve both."""
         self._held[value] = self._get(source)
 
-    def set_lazy(self, value: onnx_ir.Value, shape: Sequence[int], make: Callable[[], relax.Expr]) -> None:
+    def set_lazy(self, value: onnx_ir.Value, shape: Sequence[Dim], make: Callable[[], relax.Expr]) -> None:
         """State how to compute a value, plain, once somebody asks for it; a decode that no one reads is not made."""
         self._held[value] = _Held(tuple(shape), make=make)
 
@@ -261,22 +305,24 @@ class Emitter:
             return self.weight(held.array)
         if held.make is not None:
             return held.make()
+        if held.sizes is not None:
+            return self.te(functools.partial(_written, held.sizes), name="sizes")
         assert held.nhwc is not None
         return self._transpose(held.nhwc, to_plain(len(held.shape)))
 
     def _transpose(self, expr: relax.Expr, perm: Sequence[int]) -> relax.Expr:
-        shape = [int(s) for s in expr.ty.shape]
-        moved = [axis for axis in perm if shape[axis] != 1]
+        shape = dims.sizes(expr)
+        moved = [axis for axis in perm if not dims.same(shape[axis], 1)]
         if moved == sorted(moved):  # only axes of length 1 move: the bytes stay where they are
             return self.reshape(expr, [shape[axis] for axis in perm])
         return self.te(functools.partial(transposed, perm=perm), expr, name="transpose")
 
-    def reshape(self, expr: relax.Expr, shape: Sequence[int]) -> relax.Expr:
+    def reshape(self, expr: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
         """The same elements under another shape."""
-        old = [int(s) for s in expr.ty.shape]
-        if old == list(shape):
+        old = dims.sizes(expr)
+        if dims.same_shape(old, shape):
             return expr
-        assert math.prod(old) == math.prod(shape), (old, shape)
+        assert dims.same(dims.product(old), dims.product(shape)), (old, shape)
         return self.te(functools.partial(reshaped, shape=shape), expr, name="reshape")
 
     def _small(self, value: onnx_ir.Value) -> np.ndarray | None:
@@ -300,20 +346,48 @@ class Emitter:
             held.array = array
 
 
-def reshaped(x: te.Tensor, shape: Sequence[int]) -> te.Tensor:
+def reshaped(x: te.Tensor, shape: Sequence[Dim]) -> te.Tensor:
     """Returns x [..] under another shape, in row-major order."""
-    old = [int(s) for s in x.shape]
-    if math.prod(old) == 0 or not old:
+    old = dims.sizes(x)
+    if 0 in old or not old:
         return te.compute(tuple(shape), lambda *_: x(*[0] * len(old)), name="reshape")
+    # Open axes that stay are no part of the arithmetic: dividing by them at run time is slow.
+    kept = 0
+    while not dims.is_static(old) and kept < min(len(old), len(shape)) and dims.same(old[kept], shape[kept]):
+        kept += 1
 
     def element(*i: Any) -> Any:
         flat: Any = 0
-        for k, extent in zip(i, shape, strict=True):
+        for k, extent in zip(i[kept:], shape[kept:], strict=True):
             flat = flat * extent + k
         index: list[Any] = []
-        for extent in reversed(old):
-            index.append(flat % extent if len(index) < len(old) - 1 else flat)
+        for extent in reversed(old[kept:]):
+            index.append(flat % extent if len(index) < len(old) - kept - 1 else flat)
             flat = flat // extent
-        return x(*reversed(index))
+        return x(*i[:kept], *reversed(index))
 
     return te.compute(tuple(shape), element, name="reshape")
+
+
+def _written(extents: np.ndarray) -> te.Tensor:
+    """The extents as a tensor, for what computes with them at run time."""
+    flat = extents.reshape(-1)
+
+    def element(*i: Any) -> Any:
+        at: Any = 0
+        for k, extent in zip(i, extents.shape, strict=True):
+            at = at * extent + k
+        value = tirx.Cast("int64", tirx.const(0, "int64") + flat[0])
+        for k, extent in enumerate(flat[1:], 1):
+            value = tirx.Select(at >= k, tirx.const(0, "int64") + extent, value)
+        return value
+
+    return te.compute(extents.shape, element, name="sizes")
+
+
+def _free(function: Any, names: Mapping[str, tirx.Var]) -> list[tirx.Var]:
+    """The dimensions that a kernel uses and cannot read off a buffer's shape: they become arguments, by name."""
+    extents = [d for p in function.params for d in p.ty.shape]
+    bound = [d for d in extents if isinstance(d, tirx.Var)]
+    used = [v for part in (function.body, *extents) for v in tirx.analysis.undefined_vars(part)]
+    return [v for _, v in sorted(names.items()) if v in used and v not in bound]

@@ -11,6 +11,7 @@ from tvm import te, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
 from mc_opt.targets._relax.shape import first
@@ -26,10 +27,12 @@ def _second(node: onnx_ir.Node) -> onnx_ir.Value:
     return value
 
 
-def _at(index: Expr, extent: int) -> Expr:
+def _at(index: Expr, extent: Dim) -> Expr:
     """An index that may count from the end, kept inside the axis: a kernel must not read wild memory."""
-    wrapped = tirx.Select(index < 0, index + constant(extent, type_of(index)), index)
-    low, high = constant(0, type_of(index)), constant(extent - 1, type_of(index))
+    size = constant(extent, type_of(index)) if isinstance(extent, int) else extent.astype(type_of(index))
+    wrapped = tirx.Select(index < 0, index + size, index)
+    low = constant(0, type_of(index))
+    high = constant(extent - 1, type_of(index)) if isinstance(extent, int) else size - 1
     return tirx.max(low, tirx.min(high, wrapped))
 
 
@@ -44,7 +47,7 @@ def _gather(e: Emitter, node: onnx_ir.Node) -> None:
     result = (*shape[:axis], *picked, *shape[axis + 1 :])
 
     known = e.constant(indices)
-    if known is not None and known.size == 1:
+    if known is not None and known.size == 1 and isinstance(shape[axis], int):
         place = int(known.reshape(-1)[0]) % shape[axis]
 
         def fixed(r: Any, i: Any) -> Expr:

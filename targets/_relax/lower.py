@@ -15,8 +15,9 @@ from tvm import relax, te
 from mc_opt.targets import _relax
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._open import open_shapes
 from mc_opt.targets._refusal import refusal, where
-from mc_opt.targets._relax import bodies, folding, half
+from mc_opt.targets._relax import bodies, dims, extents, folding, half, open_ops
 from mc_opt.targets._relax.emitter import Emitter, Handler
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -24,15 +25,16 @@ _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLi
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """The Relax module of a model and what was noted on the way."""
+    """The Relax module of a model and what was noted on the way; `limits` are the largest sizes of open dimensions."""
 
     module: tvm.IRModule
     kernels: tuple[str, ...]
     fallbacks: tuple[str, ...]
+    limits: dict[str, int]
 
 
 def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, str], None]) -> Lowered:
-    """Emit the Relax function `main` of a model whose inputs have static shapes.
+    """Emit the Relax function `main` of a model whose inputs have static shapes, or such open ones as may be.
 
     The function takes the model's inputs in order and returns a tuple of its outputs in order.
     """
@@ -43,12 +45,11 @@ def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, 
     emitter = Emitter(model, machine)
     emitter.fallbacks.extend(fallbacks)
     inputs: list[Any] = []
-    for value in model.graph.inputs:
-        assert value.shape is not None and value.dtype is not None
+    for value, shape in zip(model.graph.inputs, open_shapes(model), strict=True):
+        assert value.dtype is not None
         dtype = str(np.dtype(value.dtype.numpy()))
-        inputs.append(
-            relax.Var(f"in_{len(inputs)}", relax.TensorType([d for d in value.shape if isinstance(d, int)], dtype))
-        )
+        sizes = [d if isinstance(d, int) else emitter.dimension(d) for d in shape]
+        inputs.append(relax.Var(f"in_{len(inputs)}", relax.TensorType(sizes, dtype)))
         emitter.set(value, inputs[-1])
     nodes = list(model.graph)
     with emitter.bb.function("main", inputs):
@@ -58,15 +59,18 @@ def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, 
                 _emit(emitter, node, table)
             result = emitter.bb.emit_output(relax.Tuple(_outputs(emitter)))
         emitter.bb.emit_func_output(result)
-    return Lowered(emitter.bb.get(), tuple(emitter.kernels), tuple(emitter.fallbacks))
+    limits = dict(sorted(emitter.limits.items()))
+    return Lowered(emitter.bb.get(), tuple(emitter.kernels), tuple(emitter.fallbacks), limits)
 
 
 def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Handler]) -> None:
-    if _fold(emitter, node):
+    if _fold(emitter, node) or (emitter.names and extents.fold(emitter, node)):
         return
     handler = table.get((node.domain, node.op_type))
     if handler is None:
         raise TargetError(refusal(node, emitter.machine.kind))
+    if not open_ops.takes(emitter, node):
+        raise TargetError(f"{where(node)}: {open_ops.refusal(emitter, node)}")
     try:
         handler(emitter, node)
     except (TargetError, KeyboardInterrupt):
@@ -126,5 +130,5 @@ def _describe(emitter: Emitter, node: onnx_ir.Node) -> str:
     words = []
     for value in node.inputs:
         held = None if value is None else emitter._find(value)
-        words.append("none" if held is None else f"{'x'.join(map(str, held.shape)) or 'scalar'}")
+        words.append("none" if held is None else f"{'x'.join(map(dims.text, held.shape)) or 'scalar'}")
     return f"its inputs are {', '.join(words)}; build --target onnx, or change the node"

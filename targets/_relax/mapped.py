@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import onnx_ir
 from tvm import relax, te, tirx
 
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim, Shape
 from mc_opt.targets._relax.emitter import Emitter, Layout
 
 # Reads one element of an operand at a logical index, in ONNX's order of axes.
@@ -36,7 +37,7 @@ def reader(x: te.Tensor, layout: Layout) -> Reader:
 def mapped(
     e: Emitter,
     output: onnx_ir.Value,
-    shape: Sequence[int],
+    shape: Sequence[Dim],
     operands: Sequence[tuple[relax.Expr, Layout]],
     element: Callable[..., Any],
     *,
@@ -68,7 +69,7 @@ def mapped(
     # the whole image would be written out, unrolled, beside that tile.
     attributes = {"op_pattern": _INJECTIVE} if widens else None
     args = [expr for expr, _ in operands]
-    e.set(output, e.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=attributes), layout)
+    e.set(output, e.kernel(fn, *args, name=name, attributes=attributes), layout)
 
 
 def elementwise(
@@ -88,7 +89,7 @@ def elementwise(
         fn: from one expression an operand to the result's expression.
         name: the kernel's name.
     """
-    shape = np.broadcast_shapes(*(e.shape(v) for v in values))
+    shape = dims.broadcast(*(e.shape(v) for v in values))
     rank = len(shape)
     layout: Layout = "plain"
     if rank >= 3 and any(e.layout(v) == "nhwc" and len(e.shape(v)) == rank for v in values):
@@ -111,7 +112,7 @@ def elementwise(
         lambda readers, i: fn(*(a(readers, i) for a in access)),
         name=name,
         layout=layout,
-        widens=any(math.prod(e.shape(v)) < math.prod(shape) for v in computed),
+        widens=any(not dims.same(dims.product(e.shape(v)), dims.product(shape)) for v in computed),
     )
 
 
@@ -125,9 +126,9 @@ def _scalar(array: np.ndarray) -> Callable[[Sequence[Reader], Sequence[Any]], An
     return lambda _readers, _index: item
 
 
-def _access(k: int, shape: Sequence[int], result: Sequence[int]) -> Callable[[Sequence[Reader], Sequence[Any]], Any]:
+def _access(k: int, shape: Shape, result: Shape) -> Callable[[Sequence[Reader], Sequence[Any]], Any]:
     skip = len(result) - len(shape)
-    stretched = [s == 1 and result[skip + axis] != 1 for axis, s in enumerate(shape)]
+    stretched = [dims.same(s, 1) and not dims.same(result[skip + axis], 1) for axis, s in enumerate(shape)]
 
     def read(readers: Sequence[Reader], index: Sequence[Any]) -> Any:
         return readers[k](*(0 if stretch else i for i, stretch in zip(index[skip:], stretched, strict=True)))
@@ -135,9 +136,9 @@ def _access(k: int, shape: Sequence[int], result: Sequence[int]) -> Callable[[Se
     return read
 
 
-def _operand(e: Emitter, value: onnx_ir.Value, shape: Sequence[int], layout: Layout) -> tuple[relax.Expr, Layout]:
+def _operand(e: Emitter, value: onnx_ir.Value, shape: Shape, layout: Layout) -> tuple[relax.Expr, Layout]:
     own = e.shape(value)
-    if e.constant(value) is not None or own != tuple(shape):
+    if e.constant(value) is not None or not dims.same_shape(own, shape):
         # Small operands are read where they lie: a per-channel constant [C, 1, 1] has its bytes in order.
         return held(e, value)
     return (e.nhwc(value), "nhwc") if layout == "nhwc" else (e.plain(value), "plain")

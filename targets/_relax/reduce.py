@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir
 from tvm import te, tirx
 
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler, Layout, to_nhwc
 from mc_opt.targets._relax.mapped import constant, held, reader
 from mc_opt.targets._relax.shape import first, ints
@@ -16,7 +17,7 @@ from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
 # What is reduced of an element, the reduction, and what is made of its result and the number of elements.
-Recipe = tuple[Callable[[Expr], Expr], Callable[..., Expr], Callable[[Expr, int], Expr] | None]
+Recipe = tuple[Callable[[Expr], Expr], Callable[..., Expr], Callable[[Expr, Dim], Expr] | None]
 
 
 def _same(x: Expr) -> Expr:
@@ -27,18 +28,20 @@ def _square(x: Expr) -> Expr:
     return x * x
 
 
-def _mean(total: Expr, count: int) -> Expr:
+def _mean(total: Expr, count: Dim) -> Expr:
     dtype = type_of(total)
+    if not isinstance(count, int):
+        return total / count.astype(dtype) if "float" in dtype else tirx.truncdiv(total, count.astype(dtype))
     if "float" in dtype:
         return total * constant(1.0 / count, dtype)
     return tirx.truncdiv(total, constant(count, dtype))
 
 
-def _root(total: Expr, _count: int) -> Expr:
+def _root(total: Expr, _count: Dim) -> Expr:
     return tirx.sqrt(total)
 
 
-def _logarithm(total: Expr, _count: int) -> Expr:
+def _logarithm(total: Expr, _count: Dim) -> Expr:
     return tirx.log(total)
 
 
@@ -74,7 +77,7 @@ def _reduce(e: Emitter, node: onnx_ir.Node) -> None:
     kept = [k for k in range(len(shape)) if k not in axes]
     result = [1 if k in axes else s for k, s in enumerate(shape)] if keeps else [shape[k] for k in kept]
     stored: Layout = layout if keeps else "plain"
-    count = math.prod(shape[k] for k in axes)
+    count = dims.product(shape[k] for k in axes)
 
     def fn(a: te.Tensor) -> te.Tensor:
         read = reader(a, layout)
@@ -102,7 +105,7 @@ def _product(x: Expr, axis: Sequence[Any]) -> Expr:
     return te.comm_reducer(lambda a, b: a * b, lambda _dtype: one, name="product")(x, axis=axis)
 
 
-def _stored(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+def _stored(shape: Sequence[Dim], layout: Layout) -> tuple[Dim, ...]:
     return tuple(shape[k] for k in to_nhwc(len(shape))) if layout == "nhwc" else tuple(shape)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ import onnx_ir
 from tvm import te, tirx
 
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler, Layout, to_nhwc
 from mc_opt.targets._relax.mapped import constant, held, mapped
 
@@ -41,6 +42,13 @@ def ints(e: Emitter, node: onnx_ir.Node, k: int, what: str) -> list[int] | None:
     return None if array is None else [int(x) for x in array.reshape(-1)]
 
 
+def extents(e: Emitter, node: onnx_ir.Node, k: int, what: str) -> list[Dim] | None:
+    """Input k as a list of extents, which may depend on the open dimensions; None when it is absent."""
+    value = node.inputs[k] if k < len(node.inputs) else None
+    sizes = e.sizes(value)
+    return ints(e, node, k, what) if sizes is None else [dims.dim(x) for x in sizes.reshape(-1)]
+
+
 def first(node: onnx_ir.Node) -> onnx_ir.Value:
     """The first input, which every op here requires."""
     value = node.inputs[0]
@@ -53,9 +61,9 @@ def kept(e: Emitter, value: onnx_ir.Value) -> Layout:
     return e.layout(value)
 
 
-def _view(e: Emitter, node: onnx_ir.Node, shape: Sequence[int]) -> None:
+def _view(e: Emitter, node: onnx_ir.Node, shape: Sequence[Dim]) -> None:
     x, output = first(node), node.outputs[0]
-    if e.shape(x) == tuple(shape):
+    if dims.same_shape(e.shape(x), shape):
         e.alias(output, x)
     elif e.layout(x) == "nhwc" and _is_flat(e.shape(x), shape):
         # [N, C, 1, 1] to [N, C]: channels last or first, the bytes are the same.
@@ -64,19 +72,20 @@ def _view(e: Emitter, node: onnx_ir.Node, shape: Sequence[int]) -> None:
         e.set(output, e.reshape(e.plain(x), shape))
 
 
-def _is_flat(shape: Sequence[int], _new: Sequence[int]) -> bool:
-    return math.prod(shape[2:]) == 1 or shape[1] == 1
+def _is_flat(shape: Sequence[Dim], _new: Sequence[Dim]) -> bool:
+    return dims.same(dims.product(shape[2:]), 1) or dims.same(shape[1], 1)
 
 
 def _reshape(e: Emitter, node: onnx_ir.Node) -> None:
-    shape = ints(e, node, 1, "the new shape")
+    shape = extents(e, node, 1, "the new shape")
     assert shape is not None
     old = e.shape(first(node))
     if not e.attribute(node, "allowzero", 0):
-        shape = [old[k] if s == 0 else s for k, s in enumerate(shape)]
-    if -1 in shape:
-        rest = math.prod(s for s in shape if s != -1)
-        shape[shape.index(-1)] = math.prod(old) // rest if rest else 0
+        shape = [old[k] if dims.same(s, 0) else s for k, s in enumerate(shape)]
+    free = [k for k, s in enumerate(shape) if dims.same(s, -1)]
+    if free:
+        rest = dims.product(s for s in shape if not dims.same(s, -1))
+        shape[free[0]] = 0 if dims.same(rest, 0) else dims.divide(dims.product(old), rest)
     _view(e, node, shape)
 
 
@@ -84,13 +93,13 @@ def _flatten(e: Emitter, node: onnx_ir.Node) -> None:
     shape = e.shape(first(node))
     axis = e.attribute(node, "axis", 1)
     axis += len(shape) if axis < 0 else 0
-    _view(e, node, [math.prod(shape[:axis]), math.prod(shape[axis:])])
+    _view(e, node, [dims.product(shape[:axis]), dims.product(shape[axis:])])
 
 
 def _squeeze(e: Emitter, node: onnx_ir.Node) -> None:
     shape = e.shape(first(node))
     axes = ints(e, node, 1, "the axes")
-    gone = {a % len(shape) for a in axes} if axes is not None else {k for k, s in enumerate(shape) if s == 1}
+    gone = {a % len(shape) for a in axes} if axes is not None else {k for k, s in enumerate(shape) if dims.same(s, 1)}
     _view(e, node, [s for k, s in enumerate(shape) if k not in gone])
 
 
@@ -111,60 +120,12 @@ def _transpose(e: Emitter, node: onnx_ir.Node) -> None:
         e.set(output, e.nhwc(x))  # the transpose that the layout already did
         return
     shape = [e.shape(x)[axis] for axis in perm]
-    moved = [axis for axis in perm if e.shape(x)[axis] != 1]
+    moved = [axis for axis in perm if not dims.same(e.shape(x)[axis], 1)]
     if moved == sorted(moved):
         _view(e, node, shape)
         return
     inverse = [perm.index(axis) for axis in range(rank)]
     mapped(e, output, shape, [held(e, x)], lambda r, i: r[0](*(i[k] for k in inverse)), name="transpose")
-
-
-def _slice(e: Emitter, node: onnx_ir.Node) -> None:
-    x = first(node)
-    shape = list(e.shape(x))
-    starts, ends = ints(e, node, 1, "starts"), ints(e, node, 2, "ends")
-    assert starts is not None and ends is not None
-    axes = ints(e, node, 3, "axes") or list(range(len(starts)))
-    steps = ints(e, node, 4, "steps") or [1] * len(starts)
-    ranges = {
-        axis % len(shape): range(shape[axis])[_slice_of(start, end, step)]
-        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
-    }
-    _ranges(e, x, node.outputs[0], ranges, name="slice")
-
-
-def _slice_of(start: int, end: int, step: int) -> slice:
-    # ONNX writes "before the first element" as a huge negative end; Python as None.
-    return slice(start, None if step < 0 and end < -(2**31) else end, step)
-
-
-def _ranges(e: Emitter, x: onnx_ir.Value, output: onnx_ir.Value, ranges: dict[int, range], *, name: str) -> None:
-    """Emit the elements of x at the given ranges of some axes."""
-    shape = [len(ranges[k]) if k in ranges else s for k, s in enumerate(e.shape(x))]
-    if tuple(shape) == e.shape(x) and all(r.step == 1 for r in ranges.values()):
-        e.alias(output, x)
-        return
-
-    def element(r: Any, i: Any) -> Expr:
-        at = (ranges[k].start + p * ranges[k].step if k in ranges else p for k, p in enumerate(i))
-        return r[0](*at)
-
-    mapped(e, output, shape, [held(e, x)], element, name=name, layout=kept(e, x))
-
-
-def _split(e: Emitter, node: onnx_ir.Node) -> None:
-    x = first(node)
-    axis = e.attribute(node, "axis", 0) % len(e.shape(x))
-    extent = e.shape(x)[axis]
-    sizes = ints(e, node, 1, "the sizes")
-    if sizes is None:
-        step = -(-extent // len(node.outputs))
-        sizes = [min(step, extent - k * step) for k in range(len(node.outputs))]
-    start = 0
-    for output, size in zip(node.outputs, sizes, strict=True):
-        if output.uses() or output.is_graph_output():
-            _ranges(e, x, output, {axis: range(start, start + size)}, name="split")
-        start += size
 
 
 def _concat(e: Emitter, node: onnx_ir.Node) -> None:
@@ -173,7 +134,9 @@ def _concat(e: Emitter, node: onnx_ir.Node) -> None:
     shapes = [e.shape(v) for v in values]
     axis = e.attribute(node, "axis", 0) % len(shapes[0])
     layout: Layout = "nhwc" if any(e.layout(v) == "nhwc" for v in values) else "plain"
-    starts = [0, *np.cumsum([s[axis] for s in shapes]).tolist()]
+    starts = [0]
+    for s in shapes:
+        starts.append(dims.simple(starts[-1] + s[axis]))
     shape = [starts[-1] if k == axis else s for k, s in enumerate(shapes[0])]
 
     def element(r: Any, i: Any) -> Expr:
@@ -228,32 +191,32 @@ def _mirrored(at: Expr, extent: int, mode: str) -> Expr:
 
 
 def _expand(e: Emitter, node: onnx_ir.Node) -> None:
-    target = ints(e, node, 1, "the shape")
+    target = extents(e, node, 1, "the shape")
     assert target is not None
     x = first(node)
     own = e.shape(x)
-    shape = np.broadcast_shapes(own, tuple(target))
-    if shape == own:
+    shape = dims.broadcast(own, target)
+    if dims.same_shape(shape, own):
         e.alias(node.outputs[0], x)
         return
     skip = len(shape) - len(own)
 
     def element(r: Any, i: Any) -> Expr:
-        return r[0](*(0 if s == 1 else p for p, s in zip(i[skip:], own, strict=True)))
+        return r[0](*(0 if dims.same(s, 1) else p for p, s in zip(i[skip:], own, strict=True)))
 
     layout = kept(e, x) if skip == 0 else "plain"
     mapped(e, node.outputs[0], shape, [held(e, x)], element, name="expand", layout=layout)
 
 
 def _tile(e: Emitter, node: onnx_ir.Node) -> None:
-    repeats = ints(e, node, 1, "the repeats")
+    repeats = extents(e, node, 1, "the repeats")
     assert repeats is not None
     x = first(node)
     own = e.shape(x)
-    shape = [s * k for s, k in zip(own, repeats, strict=True)]
+    shape = [dims.simple(s * k) for s, k in zip(own, repeats, strict=True)]
 
     def element(r: Any, i: Any) -> Expr:
-        return r[0](*(p if k == 1 else tirx.floormod(p, s) for p, s, k in zip(i, own, repeats, strict=True)))
+        return r[0](*(p if dims.same(k, 1) else tirx.floormod(p, s) for p, s, k in zip(i, own, repeats, strict=True)))
 
     mapped(e, node.outputs[0], shape, [held(e, x)], element, name="tile", layout=kept(e, x))
 
@@ -303,17 +266,42 @@ def _space_to_depth(e: Emitter, node: onnx_ir.Node) -> None:
 def _shape(e: Emitter, node: onnx_ir.Node) -> None:
     shape = e.shape(first(node))
     part = slice(e.attribute(node, "start", 0), e.attribute(node, "end", None))
-    e.set_constant(node.outputs[0], np.array(shape[part], np.int64))
+    sizes = np.empty(len(shape[part]), object)
+    sizes[:] = shape[part]
+    e.set_sizes(node.outputs[0], sizes)
 
 
 def _size(e: Emitter, node: onnx_ir.Node) -> None:
-    e.set_constant(node.outputs[0], np.array(math.prod(e.shape(first(node))), np.int64))
+    size = np.empty((), object)
+    size[()] = dims.product(e.shape(first(node)))
+    e.set_sizes(node.outputs[0], size)
 
 
-def _static(e: Emitter, node: onnx_ir.Node) -> None:
-    """Range and ConstantOfShape make a shape of data; folding took them when the data is known."""
-    for k in range(len(node.inputs)):
-        known(e, node, k, "its input")
+def _constant_of_shape(e: Emitter, node: onnx_ir.Node) -> None:
+    """Folding took it when the shape is known; an open one is filled at run time."""
+    shape = extents(e, node, 0, "its input")
+    assert shape is not None
+    value = np.asarray(e.attribute(node, "value", np.zeros(1, np.float32)))
+    fill = constant(value.reshape(-1)[0].item(), str(value.dtype))
+    mapped(e, node.outputs[0], shape, [], lambda _r, _i: fill, name="fill")
+
+
+def _count_up(e: Emitter, node: onnx_ir.Node) -> None:
+    """Range: folding took it when its ends are known; open ones count up at run time."""
+    ends = [extents(e, node, k, "its input") for k in range(3)]
+    start, limit, delta = (end[0] for end in ends if end)
+    length = dims.simple(limit - start)
+    if not isinstance(delta, int) or delta < 1 or not dims.is_natural(length):
+        raise ValueError(f"it counts from {dims.text(start)} to {dims.text(limit)}; expected to count up")
+    kind = e.dtype(first(node))
+    mapped(
+        e,
+        node.outputs[0],
+        [length if delta == 1 else dims.tiles(length, delta)],
+        [],
+        lambda _r, i: (start + i[0] * delta).astype(kind),
+        name="range",
+    )
 
 
 def _eye_like(e: Emitter, node: onnx_ir.Node) -> None:
@@ -348,20 +336,18 @@ def _cumsum(e: Emitter, node: onnx_ir.Node) -> None:
 
 HANDLERS: dict[str, Handler] = {
     "Concat": _concat,
-    "ConstantOfShape": _static,
+    "ConstantOfShape": _constant_of_shape,
     "CumSum": _cumsum,
     "DepthToSpace": _depth_to_space,
     "Expand": _expand,
     "EyeLike": _eye_like,
     "Flatten": _flatten,
     "Pad": _pad,
-    "Range": _static,
+    "Range": _count_up,
     "Reshape": _reshape,
     "Shape": _shape,
     "Size": _size,
-    "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
-    "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,
     "Transpose": _transpose,

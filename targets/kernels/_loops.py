@@ -10,6 +10,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets.kernels._schedule import SCHEDULED
 
 # Expressions, buffers and PrimFuncs of an untyped package.
@@ -18,7 +20,7 @@ Buffer = Any
 PrimFunc = Any
 
 # (shape, element type) of a kernel's argument; outputs come last.
-Argument = tuple[Sequence[int], str]
+Argument = tuple[Sequence[Dim], str]
 
 
 def kernel(arguments: Sequence[Argument], body: Callable[..., None]) -> PrimFunc:
@@ -28,6 +30,11 @@ def kernel(arguments: Sequence[Argument], body: Callable[..., None]) -> PrimFunc
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, SCHEDULED: True})
         body(*[T.arg(f"a{k}", T.buffer(list(shape), dtype)) for k, (shape, dtype) in enumerate(arguments)])
     return builder.get()
+
+
+def inside(shape: Sequence[Dim]) -> tuple[Dim, ...]:
+    """A shape as a kernel sees it: open extents are variables of its own, bound by the buffer that has that shape."""
+    return tuple(d if isinstance(d, int) else tirx.Var(f"n{k}", "int64") for k, d in enumerate(shape))
 
 
 def registers(count: int, lanes: int, dtype: str = "float32") -> Buffer:
@@ -69,16 +76,16 @@ def split(length: int, lanes: int) -> list[tuple[int, int, int]]:
     return runs
 
 
-def each(length: int, machine: Machine, *, work: int = 0) -> Any:
+def each(length: Dim, machine: Machine, *, work: Dim = 0) -> Any:
     """A loop over [0, length), split among threads when `work` operations are worth it."""
-    if machine.threads > 1 and work >= 1 << 20 and length > 1:
+    if machine.threads > 1 and dims.nominal(work) >= 1 << 20 and dims.nominal(length) > 1:
         return T.parallel(0, length)
     return T.serial(0, length)
 
 
 def reduce_row(
     read: Callable[[Expr, int], Expr],
-    length: int,
+    length: Dim,
     combine: Callable[[Expr, Expr], Expr],
     start: float,
     *,
@@ -92,7 +99,7 @@ def reduce_row(
     result = registers(1, 1, dtype)
     T.buffer_store(result, tirx.const(start, dtype), [0])
     whole = length // lanes
-    if whole and lanes > 1:
+    if not dims.same(whole, 0) and lanes > 1:
         partial = registers(1, lanes, dtype)
         store(partial, splat(start, lanes, dtype), 0, lanes=lanes)
         with T.serial(0, whole) as i:
@@ -100,17 +107,31 @@ def reduce_row(
         with T.serial(0, lanes) as i:
             T.buffer_store(result, combine(result[0], partial[i]), [0])
     first = whole * lanes if lanes > 1 else 0
-    if first < length:
+    if not dims.same(first, length):
         with T.serial(0, length - first) as i:
             T.buffer_store(result, combine(result[0], read(i + first, 1)), [0])
     return result[0]
 
 
-def map_row(write: Callable[[Expr, int], None], length: int, *, lanes: int) -> None:
+def map_row(write: Callable[[Expr, int], None], length: Dim, *, lanes: int) -> None:
     """Call `write(index, width)` over [0, length) in vectors, the rest in falling powers of two."""
+    if not isinstance(length, int):
+        _map_open_row(write, length, lanes)
+        return
     for start, count, width in split(length, lanes):
         if count == 1:
             write(tirx.const(start, "int32"), width)
             continue
         with T.serial(0, count) as i:
             write(i * width + start, width)
+
+
+def _map_open_row(write: Callable[[Expr, int], None], length: Dim, lanes: int) -> None:
+    """`map_row` for a length that the run tells: each width below the first fits once or not at all."""
+    with T.serial(0, length // lanes) as i:
+        write(i * lanes, lanes)
+    width = lanes // 2
+    while width:
+        with T.serial(0, length // width % 2) as _:
+            write(length // (2 * width) * (2 * width), width)
+        width //= 2

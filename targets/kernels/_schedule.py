@@ -14,6 +14,7 @@ import tvm
 from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import dims
 
 # The attribute of a PrimFunc that needs no schedule.
 SCHEDULED = "mc_opt.scheduled"
@@ -48,9 +49,14 @@ def correct_patterns(module: tvm.IRModule) -> tvm.IRModule:
 
 def _resizes(function: Any) -> bool:
     """Whether an input has an extent that is neither the output's nor 1, axes aligned at the end."""
-    shapes = [[int(s) for s in parameter.ty.shape] for parameter in function.params]
+    # A parameter without a shape is the size of an open dimension.
+    shapes = [[dims.dim(s) for s in p.ty.shape] for p in function.params if hasattr(p.ty, "shape")]
     *inputs, output = shapes
-    return any(a not in (1, b) for shape in inputs for a, b in zip(reversed(shape), reversed(output), strict=False))
+    return any(
+        not (dims.same(a, 1) or dims.same(a, b))
+        for shape in inputs
+        for a, b in zip(reversed(shape), reversed(output), strict=False)
+    )
 
 
 def schedule(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list[str]]:
@@ -114,7 +120,17 @@ def _tile(state: Any, block: Any) -> list[int]:
 
 
 def _extent(state: Any, loop: Any) -> int:
-    return int(state.get(loop).extent)
+    """The steps of a loop; an open number counts as its fixed factor, by which alone it can be cut."""
+    return dims.factor(dims.dim(state.get(loop).extent))
+
+
+def _work(state: Any, loops: Sequence[Any]) -> int:
+    """The steps of a nest of loops, open numbers estimated."""
+    return math.prod(dims.nominal(dims.dim(state.get(x).extent)) for x in loops)
+
+
+def _is_open(state: Any, loop: Any) -> bool:
+    return not isinstance(dims.dim(state.get(loop).extent), int)
 
 
 def _kinds(state: Any, block: Any) -> list[int]:
@@ -164,14 +180,14 @@ def _register_tile(state: Any, block: Any, machine: Machine, *, fused: bool) -> 
     write = consumers[0] if len(consumers) == 1 and fused else state.cache_write(block, 0, "global")
     state.reverse_compute_at(write, across)
     _vectorise_tile(state, write, len(order), vector)
-    if math.prod(_extent(state, s) for s in steps) <= _UNROLLED_STEPS:
+    if _work(state, steps) <= _UNROLLED_STEPS and not any(_is_open(state, s) for s in steps):
         for loop in steps:
             state.unroll(loop)
     for loop in (*inner, registers):
         state.unroll(loop)
     if vector > 1:
         state.vectorize(lane)
-    work = math.prod(_extent(state, x) for x in [*order, *steps, *inner, registers, lane])
+    work = _work(state, [*order, *steps, *inner, registers, lane])
     _parallel(state, order[:-1], work, machine)
     state.decompose_reduction(block, steps[0])
 
@@ -198,7 +214,7 @@ def _parallel(state: Any, loops: Sequence[Any], work: int, machine: Machine) -> 
     chosen: list[Any] = []
     for loop in loops:
         chosen.append(loop)
-        if math.prod(_extent(state, x) for x in chosen) >= 4 * machine.threads:
+        if _work(state, chosen) >= 4 * machine.threads:
             break
     state.parallel(state.fuse(*chosen) if len(chosen) > 1 else chosen[0])
 
@@ -221,6 +237,7 @@ def _elementwise(state: Any, block: Any, machine: Machine) -> None:
     """Vectors along the last axis; short or odd rows are first fused with the axes before them."""
     loops = list(state.get_loops(block))
     extents = [_extent(state, x) for x in loops]
+    work = _work(state, loops) * 8
     lanes = machine.lanes
     if extents[-1] % lanes and math.prod(extents) % lanes == 0 and _is_linear(state, block):
         loops = [state.fuse(*loops) if len(loops) > 1 else loops[0]]
@@ -235,7 +252,7 @@ def _elementwise(state: Any, block: Any, machine: Machine) -> None:
         last, lane = state.split(last, [None, width])
         state.vectorize(lane)
     loops.append(last)
-    _parallel(state, loops, math.prod(extents) * 8, machine)
+    _parallel(state, loops, work, machine)
 
 
 def _crossed_axis(state: Any, block: Any) -> int | None:
@@ -253,7 +270,7 @@ def _crossed_axis(state: Any, block: Any) -> int | None:
 def _transposition(state: Any, loops: Sequence[Any], crossed: int, machine: Machine) -> None:
     """Blocks of one cache line by one vector, so that every line that is read or written is used up at once."""
     lanes = machine.lanes
-    work = math.prod(_extent(state, x) for x in loops) * 8
+    work = _work(state, loops) * 8
     outer, inner = list(loops), list[Any]()
     for k in (len(loops) - 1, crossed):
         if _extent(state, loops[k]) > lanes:
@@ -284,7 +301,7 @@ def _reduction(state: Any, block: Any, machine: Machine) -> None:
     kinds, loops = _kinds(state, block), list(state.get_loops(block))
     kept = [x for x, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
     steps = [x for x, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
-    work = math.prod(_extent(state, x) for x in loops)
+    work = _work(state, loops)
     lanes = machine.lanes
     if kept and _extent(state, kept[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=True):
         whole, lane = state.split(kept.pop(), [None, lanes])

@@ -61,3 +61,14 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
                     best = key
     assert best is not None
     return best[2]
+
+
+def open_ended(columns: int, machine: Machine) -> Tile:
+    """The tile of a product whose number of rows only the run tells.
+
+    The rows of the last tile beyond the end are computed in vain, so it is not high; its rows are addressed one by
+    one, and eight addresses are what a processor keeps in registers.
+    """
+    vector = vector_width(columns, machine)
+    held = min(2, math.ceil(columns / vector))
+    return Tile(1, min(8, (machine.registers - 4) // held), held * vector, vector)

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir
 from tvm import relax, te, tirx
 
+from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _decode, _tile, _weights
 from mc_opt.targets.kernels._tile import Tile
@@ -117,7 +118,7 @@ def padded(
 
     Returns x itself when nothing changes; positions of x beyond `size` are left out.
     """
-    shape = [int(s) for s in x.ty.shape]
+    shape = dims.sizes(x)
     if not any(before) and list(size) == shape[1:-1] and channels == shape[-1] and repeat == 1:
         return x
     inside, available = shape[1:-1], shape[-1]
@@ -174,7 +175,7 @@ def convolution(
     name: str,
 ) -> relax.Expr:
     """x: [n, *spatial, c], weight [o, c / groups, *kernel] -> [n, *positions, o]."""
-    shape = [int(s) for s in x.ty.shape]
+    shape = dims.sizes(x)
     o, per_group = weight.shape[:2]
     positions = window.output(shape[1:-1])
     if groups > 1 and per_group == 1:
@@ -217,7 +218,7 @@ def cut(total: te.Tensor, shape: Sequence[int], *bias: te.Tensor) -> te.Tensor:
 
 def fusable(e: Emitter, fn: Any, *args: relax.Expr, name: str) -> relax.Var:
     """Emit a kernel whose element-wise consumers run on its register tile."""
-    return e.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=FUSABLE)
+    return e.kernel(fn, *args, name=name, attributes=FUSABLE)
 
 
 def _depthwise(
@@ -230,7 +231,7 @@ def _depthwise(
     positions: Sequence[int],
     name: str,
 ) -> relax.Expr:
-    shape = [int(s) for s in x.ty.shape]
+    shape = dims.sizes(x)
     o = weight.shape[0]
     vector = _tile.vector_width(o, e.machine)
     channels = -(-o // vector) * vector

@@ -8,7 +8,6 @@ its own, into which FuseOps puts a transposition before it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 import onnx_ir
 from tvm import relax, te, tirx
 
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _tile, _weights, lookup_gemv
 from mc_opt.targets.kernels._tile import Tile
@@ -29,19 +30,19 @@ def product(
     bias: relax.Expr | None,
     *,
     tile: Tile,
-    columns: int,
+    columns: Dim,
     alpha: float = 1.0,
     beta: float = 1.0,
     name: str = "gemm",
 ) -> relax.Expr:
     """a: [.., m, k], b packed [.., n / c, k, c] (leading axes of length 1 broadcast) -> [.., m, n]."""
-    *lead_a, m, depth = (int(s) for s in a.ty.shape)
-    lead_b = [int(s) for s in b.ty.shape][:-3]
+    *lead_a, m, depth = dims.sizes(a)
+    lead_b = dims.sizes(b)[:-3]
     rank = max(len(lead_a), len(lead_b))
     lead_a, lead_b = [1] * (rank - len(lead_a)) + lead_a, [1] * (rank - len(lead_b)) + lead_b
-    lead = [max(p, q) if 0 not in (p, q) else 0 for p, q in zip(lead_a, lead_b, strict=True)]
-    rows = -(-m // tile.wide) * tile.wide
-    source = _rows(e, a, rows)
+    lead = dims.broadcast(lead_a, lead_b)
+    rows = dims.product([dims.tiles(m, tile.wide), tile.wide])
+    source = _rows(e, a, rows) if isinstance(m, int) else a
     skip_a, skip_b = rank - (len(a.ty.shape) - 2), rank - (len(b.ty.shape) - 3)
 
     def compute(x: te.Tensor, w: te.Tensor, *rest: te.Tensor) -> te.Tensor:
@@ -49,14 +50,16 @@ def product(
 
         def element(*i: Any) -> Any:
             *outer, row, column = i
-            at = [0 if s == 1 else q for q, s in zip(outer, lead_a, strict=True)][skip_a:]
-            bt = [0 if s == 1 else q for q, s in zip(outer, lead_b, strict=True)][skip_b:]
+            at = [0 if dims.same(s, 1) else q for q, s in zip(outer, lead_a, strict=True)][skip_a:]
+            bt = [0 if dims.same(s, 1) else q for q, s in zip(outer, lead_b, strict=True)][skip_b:]
+            if not isinstance(m, int):  # rows beyond the end repeat the last one, and are not kept
+                row = tirx.min(row, m - 1)
             return te.sum(
                 x(*at, row, k) * w(*bt, column // tile.columns, k, column % tile.columns),
                 axis=k,
             )
 
-        tiles = int(w.shape[-3])
+        tiles = dims.sizes(w)[-3]
         total = te.compute((*lead, rows, tiles * tile.columns), element, name="mc_gemm", attrs=tile.annotation())
         return _epilogue(total, (*lead, m, columns), rest, alpha, beta)
 
@@ -65,7 +68,7 @@ def product(
 
 
 def _epilogue(
-    total: te.Tensor, shape: Sequence[int], bias: Sequence[te.Tensor], alpha: float, beta: float
+    total: te.Tensor, shape: Sequence[Dim], bias: Sequence[te.Tensor], alpha: float, beta: float
 ) -> te.Tensor:
     def element(*i: Any) -> Any:
         value = total(*i)
@@ -73,8 +76,8 @@ def _epilogue(
             value = value * tirx.const(alpha, total.dtype)
         if not bias:
             return value
-        extents = [int(s) for s in bias[0].shape]
-        index = [0 if s == 1 else q for q, s in zip(i[len(i) - len(extents) :], extents, strict=True)]
+        extents = dims.sizes(bias[0])
+        index = [0 if dims.same(s, 1) else q for q, s in zip(i[len(i) - len(extents) :], extents, strict=True)]
         added = bias[0](*index)
         return value + (added if beta == 1.0 else added * tirx.const(beta, total.dtype))
 
@@ -83,7 +86,7 @@ def _epilogue(
 
 def _rows(e: Emitter, a: relax.Expr, rows: int) -> relax.Expr:
     """a: [.., m, k] with rows of zeros appended up to `rows`."""
-    *lead, m, k = (int(s) for s in a.ty.shape)
+    *lead, m, k = dims.sizes(a)
     if rows == m:
         return a
 
@@ -98,17 +101,17 @@ def _rows(e: Emitter, a: relax.Expr, rows: int) -> relax.Expr:
 
 def pack_dynamic(e: Emitter, b: relax.Expr, columns: int, *, transposed: bool = False) -> relax.Expr:
     """b: [.., k, n] (or [.., n, k]) that the model computes -> [.., n / columns, k, columns]."""
-    *lead, k, n = (int(s) for s in b.ty.shape)
+    *lead, k, n = dims.sizes(b)
     if transposed:
         k, n = n, k
-    tiles = -(-n // columns)
+    tiles = dims.tiles(n, columns)
 
     def pack(x: te.Tensor) -> te.Tensor:
         def element(*i: Any) -> Any:
             *outer, t, row, c = i
             column = t * columns + c
             value = x(*outer, column, row) if transposed else x(*outer, row, column)
-            if n % columns == 0:
+            if dims.factor(n) % columns == 0:
                 return value
             return tirx.if_then_else(column < n, value, tirx.const(0, x.dtype))
 
@@ -119,7 +122,7 @@ def pack_dynamic(e: Emitter, b: relax.Expr, columns: int, *, transposed: bool = 
 
 def _flip(e: Emitter, a: relax.Expr) -> relax.Expr:
     """Exchanges the last two axes of a."""
-    *lead, m, k = (int(s) for s in a.ty.shape)
+    *lead, m, k = dims.sizes(a)
     return e.te(
         lambda x: te.compute((*lead, k, m), lambda *i: x(*i[:-2], i[-1], i[-2]), name="transpose"), a, name="transpose"
     )
@@ -156,29 +159,40 @@ def matmul(e: Emitter, node: onnx_ir.Node) -> None:
     a = e.plain(left)
     if len(shape_a) == 1:
         a = e.reshape(a, (1, shape_a[0]))
-    rows = [int(s) for s in a.ty.shape]
+    rows = dims.sizes(a)
     if len(shape_b) == 1:
         b = e.reshape(e.plain(right), (shape_b[0], 1))
-        tile = _tile.choose(1, rows[-2], 1, e.machine)
+        tile = tile_for(rows[-2], 1, e)
         y = product(e, a, pack_dynamic(e, b, tile.columns), None, tile=tile, columns=1)
         e.set(node.outputs[0], e.reshape(y, out))
         return
     columns = shape_b[-1]
-    if len(shape_b) == 2 and rows[-2] < 4 and math.prod(rows[:-2]) > 1:
-        a = e.reshape(a, (math.prod(rows[:-1]), rows[-1]))
-        rows = [int(s) for s in a.ty.shape]
+    if len(shape_b) == 2 and isinstance(rows[-2], int) and rows[-2] < 4 and not dims.same(dims.product(rows[:-2]), 1):
+        a = e.reshape(a, (dims.product(rows[:-1]), rows[-1]))
+        rows = dims.sizes(a)
     y = None
-    if len(shape_b) == 2 and math.prod(rows[:-1]) <= lookup_gemv.MOST_ROWS:
+    if len(shape_b) == 2 and _are_few(dims.product(rows[:-1])):
         y = lookup_gemv.product(e, a, right, None)
     if y is None:
-        tile = _tile.choose(1, rows[-2], columns, e.machine)
+        tile = tile_for(rows[-2], columns, e)
         y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns)
     e.set(node.outputs[0], e.reshape(y, out))
 
 
-def _result_shape(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+def _are_few(rows: Dim) -> bool:
+    return isinstance(rows, int) and rows <= lookup_gemv.MOST_ROWS
+
+
+def tile_for(rows: Dim, columns: Dim, e: Emitter) -> Tile:
+    """The tile of a product of so many rows and columns; open columns get whole registers."""
+    if isinstance(rows, int) and isinstance(columns, int):
+        return _tile.choose(1, rows, columns, e.machine)
+    return _tile.open_ended(columns if isinstance(columns, int) else 2 * e.machine.lanes, e.machine)
+
+
+def _result_shape(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, ...]:
     """The shape of numpy's matmul: vectors lose the axis that they were given for the product."""
-    lead = np.broadcast_shapes(tuple(a[:-2]), tuple(b[:-2]))
+    lead = dims.broadcast(a[:-2], b[:-2])
     return (*lead, *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
 
 
@@ -189,7 +203,7 @@ def gemm(e: Emitter, node: onnx_ir.Node) -> None:
     trans_a, trans_b = (bool(e.attribute(node, key, 0)) for key in ("transA", "transB"))
     alpha, beta = float(e.attribute(node, "alpha", 1.0)), float(e.attribute(node, "beta", 1.0))
     a = _flip(e, e.plain(left)) if trans_a else e.plain(left)
-    m, columns = int(a.ty.shape[0]), e.shape(right)[0 if trans_b else 1]
+    m, columns = dims.sizes(a)[0], e.shape(right)[0 if trans_b else 1]
     bias = None
     if rest and rest[0] is not None and beta != 0.0:
         array = e.constant(rest[0])
@@ -199,10 +213,10 @@ def gemm(e: Emitter, node: onnx_ir.Node) -> None:
             bias = e.weight(array if beta == 1.0 else array * np.asarray(beta, array.dtype))
             beta = 1.0
     y = None
-    if m <= lookup_gemv.MOST_ROWS and alpha == 1.0 and beta == 1.0:
+    if _are_few(m) and alpha == 1.0 and beta == 1.0:
         y = lookup_gemv.product(e, a, right, bias, transposed=trans_b)
     if y is None:
-        tile = _tile.choose(1, m, columns, e.machine)
+        tile = tile_for(m, columns, e)
         b = right_operand(e, right, tile, transposed=trans_b)
         y = product(e, a, b, bias, tile=tile, columns=columns, alpha=alpha, beta=beta)
     e.set(node.outputs[0], y)

@@ -13,6 +13,7 @@ from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler, LookupWeight
 from mc_opt.targets.kernels import _loops
 from mc_opt.targets.kernels._loops import Buffer
@@ -34,7 +35,7 @@ def gather(e: Emitter, weight: LookupWeight, indices: relax.Expr, axis: int = 0)
     """Gather of a packed table: decodes the slices that are picked and nothing else."""
     arrays, value = _decoder(weight)
     axis %= len(weight.shape)
-    picked = [int(s) for s in indices.ty.shape]
+    picked = dims.sizes(indices)
     shape = (*weight.shape[:axis], *picked, *weight.shape[axis + 1 :])
 
     def compute(where: te.Tensor, *buffers: te.Tensor) -> te.Tensor:

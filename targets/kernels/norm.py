@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import numpy as np
 import onnx_ir
@@ -16,6 +15,8 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _loops
 from mc_opt.targets.kernels._loops import Buffer, Expr
@@ -36,7 +37,7 @@ class _Rows:
         block: successive elements that share a scale; 1 for one each.
     """
 
-    count: int
+    count: Dim
     length: int
     epsilon: float
     centred: bool
@@ -49,16 +50,18 @@ class _Rows:
 
 def _emit(e: Emitter, x: relax.Expr, scale: relax.Expr | None, bias: relax.Expr | None, rows: _Rows) -> list[relax.Var]:
     dtype = str(x.ty.dtype)
-    arguments: list[_loops.Argument] = [((rows.count, rows.length), dtype)]
+    own = dataclasses.replace(rows, count=_loops.inside((rows.count,))[0])
+    arguments: list[_loops.Argument] = [((own.count, rows.length), dtype)]
     inputs = [e.reshape(x, (rows.count, rows.length))]
     for given, size in ((scale, rows.scale), (bias, rows.bias)):
         if given is not None:
             inputs.append(e.reshape(given, (size,)))
             arguments.append(((size,), dtype))
-    outputs: list[_loops.Argument] = [((rows.count, rows.length), dtype)]
-    outputs += [((rows.count,), dtype)] * 2 if rows.statistics else []
-    body = functools.partial(_body, rows, dtype, e.machine)
-    return e.call(_loops.kernel([*arguments, *outputs], body), inputs, outputs, name="norm")
+    results, outputs = (
+        [((r.count, rows.length), dtype), *([((r.count,), dtype)] * 2 if rows.statistics else [])] for r in (own, rows)
+    )
+    body = functools.partial(_body, own, dtype, e.machine)
+    return e.call(_loops.kernel([*arguments, *results], body), inputs, outputs, name="norm")
 
 
 def _body(rows: _Rows, dtype: str, machine: Machine, x: Buffer, *rest: Buffer) -> None:
@@ -122,7 +125,7 @@ def _row_parameter(e: Emitter, value: onnx_ir.Value | None, length: int, node: o
     """A scale or bias with one value for each element of a row."""
     if value is None:
         return None
-    size = math.prod(e.shape(value))
+    size = dims.product(e.shape(value))
     if size == length:
         return e.plain(value)
     array = e.constant(value)
@@ -143,7 +146,9 @@ def layer_norm(e: Emitter, node: onnx_ir.Node) -> None:
     assert x is not None
     shape = e.shape(x)
     axis = int(e.attribute(node, "axis", -1)) % len(shape)
-    count, length = math.prod(shape[:axis]), math.prod(shape[axis:])
+    count, length = dims.product(shape[:axis]), dims.product(shape[axis:])
+    if not isinstance(length, int):
+        raise ValueError(f"it normalises over {dims.text(length)} elements; expected a fixed number")
     scales = _row_parameter(e, scale, length, node)
     biases = _row_parameter(e, rest[0] if rest else None, length, node)
     statistics = any(v is not None and v.name and v.uses() for v in node.outputs[1:]) or any(
@@ -171,7 +176,7 @@ def channel_norm(e: Emitter, node: onnx_ir.Node) -> None:
     shape = e.shape(x)
     n, channels = shape[:2]
     groups = channels if node.op_type == "InstanceNormalization" else int(e.attribute(node, "num_groups", 1))
-    spatial = math.prod(shape[2:])
+    spatial = dims.product(shape[2:])
     scales, biases = e.plain(scale), e.plain(bias)
     rows = _Rows(
         count=n * groups,

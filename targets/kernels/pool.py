@@ -11,6 +11,7 @@ import onnx_ir
 from tvm import relax, te, tirx
 
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _math
 from mc_opt.targets.kernels.conv import Window, window
@@ -44,7 +45,7 @@ def pool(e: Emitter, node: onnx_ir.Node) -> None:
 
 def _surrounded(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], fill: float) -> relax.Expr:
     """x [n, *spatial, c] with `fill` around it, as far as the windows reach."""
-    n, *spatial, c = (int(s) for s in x.ty.shape)
+    n, *spatial, c = dims.sizes(x)
     before = [p[0] for p in w.pads]
     size = [
         max((p - 1) * s + d * (k - 1) + 1, b + held)
@@ -70,7 +71,7 @@ def _surrounded(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], 
 def _reduced(
     a: te.Tensor, w: Window, positions: Sequence[int], reducer: Any, term: Any = None, name: str = "mc_pool"
 ) -> te.Tensor:
-    n, *_, c = (int(s) for s in a.shape)
+    n, *_, c = dims.sizes(a)
     steps = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(w.kernel)]
 
     def element(*i: Any) -> Any:
@@ -89,7 +90,7 @@ def _maximum(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int]) -> 
 
 
 def _average(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], *, include: bool) -> relax.Expr:
-    spatial = [int(s) for s in x.ty.shape][1:-1]
+    spatial = dims.sizes(x)[1:-1]
     source = _surrounded(e, x, w, positions, 0.0)
 
     def average(a: te.Tensor) -> te.Tensor:
@@ -153,7 +154,7 @@ def global_pool(e: Emitter, node: onnx_ir.Node) -> None:
     value = node.inputs[0]
     assert value is not None
     x = e.nhwc(value)
-    n, *spatial, c = (int(s) for s in x.ty.shape)
+    n, *spatial, c = dims.sizes(x)
     count = math.prod(spatial)
     p = int(e.attribute(node, "p", 2))
 

@@ -6,7 +6,6 @@ softmax(x)_i = e^(x_i - m) / Σ_j e^(x_j - m),   m = max_j x_j
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _loops, _math
 from mc_opt.targets.kernels._loops import Buffer, Expr
@@ -39,14 +40,16 @@ def softmax(e: Emitter, node: onnx_ir.Node) -> None:
 
 def along(e: Emitter, x: relax.Expr, axis: int, *, log: bool = False) -> relax.Expr:
     """x of any shape -> the same shape, normalised along one axis."""
-    shape = [int(s) for s in x.ty.shape]
+    shape = dims.sizes(x)
     dtype = str(x.ty.dtype)
-    outer, length, inner = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+    outer, length, inner = dims.product(shape[:axis]), shape[axis], dims.product(shape[axis + 1 :])
     if 0 in shape:
         return x
-    flat = (outer, length) if inner == 1 else (outer, length, inner)
-    body = functools.partial(_rows if inner == 1 else _columns, flat, dtype, e.machine, log)
-    function = _loops.kernel([(flat, dtype), (flat, dtype)], body)
+    is_last = dims.same(inner, 1)
+    flat = (outer, length) if is_last else (outer, length, inner)
+    own = _loops.inside(flat)
+    body = functools.partial(_rows if is_last else _columns, own, dtype, e.machine, log)
+    function = _loops.kernel([(own, dtype), (own, dtype)], body)
     y = e.call(function, [e.reshape(x, flat)], [(flat, dtype)], name="log_softmax" if log else "softmax")[0]
     return e.reshape(y, shape)
 
@@ -59,7 +62,7 @@ def _add(a: Expr, b: Expr) -> Expr:
     return a + b
 
 
-def _rows(shape: Sequence[int], dtype: str, machine: Machine, log: bool, x: Buffer, y: Buffer) -> None:
+def _rows(shape: Sequence[Dim], dtype: str, machine: Machine, log: bool, x: Buffer, y: Buffer) -> None:
     outer, length = shape
     lanes = machine.lanes
     row = functools.partial(_loops.reduce_row, length=length, lanes=lanes, dtype=dtype)
@@ -83,7 +86,7 @@ def _rows(shape: Sequence[int], dtype: str, machine: Machine, log: bool, x: Buff
         _loops.map_row(finish, length, lanes=lanes)
 
 
-def _columns(shape: Sequence[int], dtype: str, machine: Machine, log: bool, x: Buffer, y: Buffer) -> None:
+def _columns(shape: Sequence[Dim], dtype: str, machine: Machine, log: bool, x: Buffer, y: Buffer) -> None:
     outer, length, inner = shape
 
     def columns(o: Expr, i: Expr, width: int) -> None:
