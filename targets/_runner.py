@@ -175,5 +175,7 @@ _OPEN = (
         "  }\n"
         "  if (paths.size()",
     ),
+    ("  const int kPooledAllocator = 2;\n", "  const int kNaiveAllocator = 1;\n"),
+    ("0, kPooledAllocator)", "0, kNaiveAllocator)"),
     ("usage: %s model.so (%zu", "usage: %s model.so name=size ... (%zu"),
 )

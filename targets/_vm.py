@@ -15,6 +15,7 @@ import numpy as np
 from mc_opt.ir import DataError, IRError
 from mc_opt.targets import _installed, _machine, _manifest
 from mc_opt.targets._manifest import Manifest, Port
+from mc_opt.targets._open import names_of
 
 
 class Artefact:
@@ -35,7 +36,9 @@ class Artefact:
         except Exception as error:
             line = str(error).strip().splitlines()[-1]
             raise IRError(f"{folder / 'model.so'}: cannot be loaded: {line}; build the artefact again") from error
-        self._main = relax.VirtualMachine(library, self._tvm.cpu())["main"]
+        # TVM's pool keeps a buffer of every size that ever was: with open dimensions it would grow with each new one.
+        memory = "naive" if names_of([p.shape for p in manifest.inputs]) else "pooled"
+        self._main = relax.VirtualMachine(library, self._tvm.cpu(), memory)["main"]
 
     def _open(self, path: Path) -> Any:
         """The library at `path` as it is now: the loader knows libraries by name, and would give an earlier build."""
