@@ -11,7 +11,7 @@ import onnx_ir
 from mc_opt.ir import views
 from mc_opt.ir.changes import Change, Detail, Diff, Kind, Rename, Total, What
 from mc_opt.ir.history import Origin, Touched, origins, read_history, since
-from mc_opt.ir.matching import Matching, Side, constant_of, match_by_name, match_by_structure, same_tensor
+from mc_opt.ir.matching import Matching, Side, constant_of, match_by_name, match_by_structure, names_agree, same_tensor
 from mc_opt.ir.op import DOMAIN
 from mc_opt.ir.rewrite import PASS, RULE
 from mc_opt.ir.sites import layer_of
@@ -29,12 +29,7 @@ def diff(a: onnx_ir.Model, b: onnx_ir.Model) -> Diff:
     """
     first, second = Side.of(a), Side.of(b)
     stores = storage_of(a), storage_of(b)
-    comparison = _Comparison(first, second, match_by_name(first, second), stores)
-    changes = comparison.changes()
-    if _names_may_mislead(first, second, changes):
-        other = _Comparison(first, second, match_by_structure(first, second), stores)
-        if len(fewer := other.changes()) < len(changes):
-            comparison, changes = other, fewer
+    comparison, changes = _best(first, second, stores)
     return Diff(
         before=_total(first, stores[0]),
         after=_total(second, stores[1]),
@@ -44,11 +39,35 @@ def diff(a: onnx_ir.Model, b: onnx_ir.Model) -> Diff:
     )
 
 
-def _names_may_mislead(first: Side, second: Side, changes: tuple[Change, ...]) -> bool:
-    """Whether names may have changed rather than nodes: there are as many as before, or most changed."""
-    if changes and len(first.titles) == len(second.titles):
+def _best(first: Side, second: Side, stores: tuple[Storage, Storage]) -> tuple[_Comparison, tuple[Change, ...]]:
+    """The comparison by names; by structure alone where that shows that names changed rather than nodes."""
+    by_structure: tuple[_Comparison, tuple[Change, ...]] | None = None
+    if len(first.titles) == len(second.titles) and not names_agree(first, second):
+        by_structure = _compared(first, second, match_by_structure(first, second), stores)
+        if not by_structure[1]:
+            return by_structure
+    by_name = _compared(first, second, match_by_name(first, second), stores)
+    if _names_may_mislead(by_name[1], first, second):
+        by_structure = by_structure or _compared(first, second, match_by_structure(first, second), stores)
+    return by_name if by_structure is None or len(by_structure[1]) >= len(by_name[1]) else by_structure
+
+
+def _names_may_mislead(changes: tuple[Change, ...], first: Side, second: Side) -> bool:
+    """Whether nodes, as many as before, are wired otherwise, or most of what is there is new or not as it was."""
+    wired = any(
+        c.what in ("input", "output") or any(d.what.startswith(("inputs", "results")) for d in c.details)
+        for c in changes
+    )
+    if wired and len(first.titles) == len(second.titles):
         return True
-    return 2 * sum(c.what == "node" and c.kind != "added" for c in changes) > len(first.titles)
+    return 2 * sum(c.what == "node" and c.kind != "removed" for c in changes) > len(second.titles)
+
+
+def _compared(
+    first: Side, second: Side, matching: Matching, stores: tuple[Storage, Storage]
+) -> tuple[_Comparison, tuple[Change, ...]]:
+    comparison = _Comparison(first, second, matching, stores)
+    return comparison, comparison.changes()
 
 
 def _total(side: Side, stored: Storage) -> Total:

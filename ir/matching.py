@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir
 
 from mc_opt.ir import views
-from mc_opt.ir.text import attribute_text, digest, is_implied
+from mc_opt.ir.text import attribute_text, digest, is_implied, type_text
 
 _DIGESTED = 1 << 20
 """Bytes up to which a constant's content tells nodes apart; of larger ones the type does, so that none is read."""
@@ -47,13 +47,18 @@ class Side:
 
     @functools.cached_property
     def interface(self) -> Mapping[onnx_ir.Value, Hashable]:
-        """Places of the values that graphs take: number of the graph, number of the input."""
-        return {v: (g, i) for g, graph in enumerate(self.model.graphs()) for i, v in enumerate(graph.inputs)}
+        """Places of the values that graphs take: number of the graph in its node, number of the input."""
+        return {v: (g, i) for g, graph in self._graphs() for i, v in enumerate(graph.inputs)}
 
     @functools.cached_property
     def results(self) -> Mapping[onnx_ir.Value, Hashable]:
         """Places of the values that graphs put out."""
-        return {v: (g, i) for g, graph in enumerate(self.model.graphs()) for i, v in enumerate(graph.outputs)}
+        return {v: (g, i) for g, graph in self._graphs() for i, v in enumerate(graph.outputs)}
+
+    def _graphs(self) -> Iterator[tuple[int, onnx_ir.Graph]]:
+        yield -1, self.model.graph
+        for node in self.titles:
+            yield from enumerate(views.subgraphs(node))
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ def constant_of(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
         attribute = node.attributes.get("value") if node.op_type == "Constant" and node.domain == "" else None
         return None if attribute is None else attribute.as_tensor()
     return value.const_value if value.is_initializer() and not value.is_graph_input() else None
+
+
+def names_agree(a: Side, b: Side) -> bool:
+    """Whether every node of `a` finds one of its op under its name."""
+    return all(title in b.nodes and _op(n) == _op(b.nodes[title]) for n, title in a.titles.items())
 
 
 def match_by_name(a: Side, b: Side) -> Matching:
@@ -246,6 +256,10 @@ def _with_values(pairs: dict[onnx_ir.Node, onnx_ir.Node], a: Side, b: Side, *, b
             if _is_like(x, y):
                 values[x] = y
                 claimed.add(y)
+    # Inputs that nothing uses have their place alone.
+    unused = [v for v in _taken(a) if v not in values], [v for v in _taken(b) if v not in claimed]
+    if len(unused[0]) == len(unused[1]):
+        values.update((x, y) for x, y in zip(*unused, strict=True) if type_text(x) == type_text(y))
     return Matching(pairs, values, by_structure)
 
 

@@ -59,8 +59,8 @@ def title_of(node: onnx_ir.Node) -> str:
 
 
 def subgraphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
-    """The graphs that a node holds: branches, loop bodies."""
-    for attribute in node.attributes.values():
+    """The graphs that a node holds: branches, loop bodies; in the order of their attributes' names."""
+    for _, attribute in sorted(node.attributes.items()):
         if attribute.is_ref():
             continue
         if attribute.type == onnx_ir.AttributeType.GRAPH:
