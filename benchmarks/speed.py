@@ -4,8 +4,9 @@
     python -m benchmarks.speed --model resnet18 --passes fold-batch-norm,denseshift
     python -m benchmarks.speed --model path/to/model.onnx --rounds 40
 
-Each round runs A B B A, so that a drift of the machine hits both alike. Only the ratio of the medians, taken in one
-run, means something on a shared machine. MiniLM needs the public models (`--public`) and transformers.
+Each round runs A B B A in batches, as `mc-opt bench` does, so that a drift of the machine hits both alike. Only the
+ratio, taken in one run, means something on a shared machine. MiniLM needs the public models (`--public`) and
+transformers.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Feed = Mapping[str, np.ndarray]
+from mc_opt.tools import _timing
 
 
 def source_of(name: str, public: Path | None, folder: Path) -> Path:
@@ -58,32 +58,6 @@ def seeded_feed(session: Any) -> dict[str, np.ndarray]:
     return feed
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
-
-
-def interleaved(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Times of both in rounds of A B B A, after one call of each."""
-    ours()
-    theirs()
-    a: list[float] = []
-    b: list[float] = []
-    for _ in range(rounds):
-        a.append(timed(ours))
-        b += [timed(theirs), timed(theirs)]
-        a.append(timed(ours))
-    return a, b
-
-
-def quartiles(values: list[float]) -> str:
-    """Median and the quartiles around it."""
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return f"{middle:8.2f} ms [{low:.2f}, {high:.2f}]"
-
-
 def measure(source: Path, passes: str, target: str, rounds: int, folder: Path) -> None:
     """Build one model and print its line."""
     import onnxruntime
@@ -101,11 +75,13 @@ def measure(source: Path, passes: str, target: str, rounds: int, folder: Path) -
     feed = seeded_feed(session)
     wanted, got = session.run(None, dict(feed)), artefact.run(feed)
     differences = [float(np.abs(a - b).max() / np.ptp(a)) for a, b in zip(wanted, got.values(), strict=True)]
-    ours, theirs = interleaved(lambda: artefact.run(feed), lambda: session.run(None, dict(feed)), rounds)
+    runs = {"artefact": lambda: artefact.run(feed), "ONNX Runtime": lambda: session.run(None, dict(feed))}
+    times = _timing.interleave(runs, rounds=rounds)
+    ratio = _timing.ratio(times["artefact"], times["ONNX Runtime"])
     size = (folder / "x86" / "model.so").stat().st_size
-    print(f"  artefact      {quartiles(ours)}")
-    print(f"  ONNX Runtime  {quartiles(theirs)}")
-    print(f"  ratio {np.median(ours) / np.median(theirs):.2f} (of the fastest {min(ours) / min(theirs):.2f})", end="; ")
+    for name, series in times.items():
+        print(f"  {name:12}  {_timing.spread_text(series)}")
+    print(f"  ratio {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", end="; ")
     print(f"difference / range {max(differences):.1e}; model.so {size / 1e6:.1f} MB; built in {seconds:.1f} s")
 
 

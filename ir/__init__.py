@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_weight
-    from mc_opt.ir.run.drift import Drift, OutputDrift, Verdict, accuracy, is_right, judge
+    from mc_opt.ir.run.drift import Drift, DriftMeter, OutputDrift, Verdict, accuracy, is_right, judge
     from mc_opt.ir.run.interp import interpret
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
@@ -131,6 +131,7 @@ _EXPORTS = {
     "accuracy": "run.drift",
     "is_right": "run.drift",
     "Drift": "run.drift",
+    "DriftMeter": "run.drift",
     "OutputDrift": "run.drift",
     "Session": "run.ort",
     "Verdict": "run.drift",

@@ -20,7 +20,7 @@ Run = Callable[..., Ran]
 
 
 def test_the_verbs_are_the_files(mc_opt: Run) -> None:
-    assert cli.verb_names() == ("compile", "diff", "doctor", "explain", "inspect", "passes", "run", "targets")
+    assert cli.verb_names() == ("bench", "compile", "diff", "doctor", "explain", "inspect", "passes", "run", "targets")
     ran = mc_opt("--help")
     assert ran.code == 0
     for word in ("MODEL --passes", "--recipe", "--allow-scripts", "--version", "inspect", "doctor"):
