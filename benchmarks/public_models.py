@@ -2,6 +2,7 @@
 
     python -m benchmarks.public_models                              exact passes, ONNX only
     python -m benchmarks.public_models --passes fold-batch-norm,denseshift --target x86
+    python -m benchmarks.public_models --passes fold-batch-norm,denseshift --target arm     under qemu, minutes a model
 
 Per output it prints |a-b| beside the allowed difference: max(1e-5 range, 3 r) for exact passes against the original,
 max(1e-4 range, 3 r) for the artefact against the export. range = max - min of the original's output over all inputs;
@@ -25,12 +26,12 @@ from tests.models.judging import (
     ARTEFACT,
     EXACT,
     Judged,
-    artefact_runner,
     compiled,
     original,
     ort_runner,
     outputs_of,
     report_of,
+    running,
     source_file,
     weight_ratio,
 )
@@ -58,8 +59,10 @@ def examine(model: PublicModel, root: Path, passes: str, target: str) -> dict[st
             "weight_ratio": weight_ratio(report_of(out)),
         }
         row |= _compared("export_vs_original", "exact", judged)
-        if "x86" in target:
-            artefact = outputs_of(model, root, artefact_runner(out))
+        built = next((kind for kind in ("x86", "arm") if kind in target), None)
+        if built:
+            with running(out, built) as run:
+                artefact = outputs_of(model, root, run)
             row |= _compared("artefact_vs_export", "artefact_equal", reference.judge(export, artefact, ARTEFACT))
         return row
 

@@ -28,6 +28,7 @@ from tests.models._fetch import CACHE, FetchError, fetch_public
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], dict[str, np.ndarray]]
+Call = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 # glibc and libstdc++ for ARM, from Debian's package libstdc++6-arm64-cross.
 SYSTEM = Path("/usr/aarch64-linux-gnu")
@@ -65,21 +66,25 @@ def artefact(folder: Path, *, cpu: str | None = None) -> Iterator[Run]:
         cpu: another processor, in qemu's words.
     """
     manifest = _manifest.read(folder)
-    processor = cpu or ("max" if manifest.cpu in _UNKNOWN_TO_QEMU else manifest.cpu)
-    command = [str(program()), "-cpu", processor]
     with tempfile.TemporaryDirectory() as place:
         if manifest.form == "static":
-            command.append(str(_static_driver(folder, manifest, Path(place))))
+            words = [str(_static_driver(folder, manifest, Path(place)))]
         else:
-            libraries = ":".join(str(p.parent) for p in _libraries())
-            command += ["-L", str(SYSTEM), "-E", f"LD_LIBRARY_PATH={libraries}"]
-            command += [str(_driver()), str(folder / "model.so")]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-            try:
-                yield lambda inputs: _call(child, manifest, inputs)
-            finally:
-                assert child.stdin is not None
-                child.stdin.close()  # the driver ends
+            memory = "naive" if any(isinstance(d, str) for port in manifest.inputs for d in port.shape) else "pooled"
+            words = [str(_driver()), str(folder / "model.so"), memory]
+        with _process(words, cpu or manifest.cpu) as call:
+            yield lambda inputs: _named(manifest, call([np.asarray(inputs[port.name]) for port in manifest.inputs]))
+
+
+@contextmanager
+def library(path: Path, *, cpu: str) -> Iterator[Call]:
+    """A function that runs a model.so without a manifest: inputs and outputs in its own order."""
+    with _process([str(_driver()), str(path), "naive"], cpu) as call:
+        yield call
+
+
+def _named(manifest: Manifest, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {port.name: array for port, array in zip(manifest.outputs, arrays, strict=True)}
 
 
 def run_arm(folder: Path, inputs: Sequence[Arrays], *, cpu: str | None = None) -> list[dict[str, np.ndarray]]:
@@ -90,17 +95,31 @@ def run_arm(folder: Path, inputs: Sequence[Arrays], *, cpu: str | None = None) -
 
 def run_program(folder: Path, words: Sequence[str], *, cpu: str = "max") -> subprocess.CompletedProcess[str]:
     """Run any ARM program in `folder`, with TVM's runtime where the linker looks."""
+    return subprocess.run([*_emulator(cpu), *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def _emulator(cpu: str) -> list[str]:
     libraries = ":".join(str(p.parent) for p in _libraries())
-    command = [str(program()), "-cpu", cpu, "-L", str(SYSTEM), "-E", f"LD_LIBRARY_PATH={libraries}", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    processor = "max" if cpu in _UNKNOWN_TO_QEMU else cpu
+    return [str(program()), "-cpu", processor, "-L", str(SYSTEM), "-E", f"LD_LIBRARY_PATH={libraries}"]
 
 
-def _call(child: subprocess.Popen[bytes], manifest: Manifest, inputs: Arrays) -> dict[str, np.ndarray]:
-    assert child.stdin is not None and child.stdout is not None
+@contextmanager
+def _process(words: Sequence[str], cpu: str) -> Iterator[Call]:
+    with subprocess.Popen([*_emulator(cpu), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        try:
+            yield lambda arrays: _call(child, arrays)
+        finally:
+            assert child.stdin is not None
+            child.stdin.close()  # the driver ends
+
+
+def _call(child: subprocess.Popen[bytes], inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    assert child.stdin is not None
     try:
-        child.stdin.write(struct.pack("<i", len(manifest.inputs)))
-        for port in manifest.inputs:
-            _write(child.stdin, np.asarray(inputs[port.name], order="C"))
+        child.stdin.write(struct.pack("<i", len(inputs)))
+        for array in inputs:
+            _write(child.stdin, array)
         child.stdin.flush()
     except BrokenPipeError:
         pass  # what the driver said before it ended is read below
@@ -108,14 +127,13 @@ def _call(child: subprocess.Popen[bytes], manifest: Manifest, inputs: Arrays) ->
     if count < 0:
         (length,) = struct.unpack("<i", _read(child, 4))
         raise RuntimeError(f"the artefact under qemu: {_read(child, length).decode()}")
-    arrays = [_tensor(child) for _ in range(count)]
-    return {port.name: array for port, array in zip(manifest.outputs, arrays, strict=True)}
+    return [_tensor(child) for _ in range(count)]
 
 
 def _write(pipe: IO[bytes], array: np.ndarray) -> None:
     code, bits = _type(str(array.dtype))
     pipe.write(struct.pack(f"<3i{array.ndim}q", code, bits, array.ndim, *array.shape))
-    pipe.write(array.tobytes())
+    pipe.write(array.tobytes())  # C order
 
 
 def _tensor(child: subprocess.Popen[bytes]) -> np.ndarray:

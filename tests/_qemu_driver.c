@@ -1,8 +1,8 @@
 /* Runs an ARM artefact again and again: tensors come on stdin, tensors or an error go to stdout.
  *
  * A message is an int32 count and as many tensors: int32 type code, bits, rank; int64 extents; the data. A count of -1
- * means an error: an int32 length and the text. Without STATIC_MODEL the first argument is a model.so for TVM's runtime;
- * with it, `static_model.h` names the library's header and tables of its tensors.
+ * means an error: an int32 length and the text. Without STATIC_MODEL the arguments are a model.so for TVM's runtime, and
+ * `naive` or `pooled` for its memory; with it, `static_model.h` names the library's header and tables of its tensors.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -58,7 +58,7 @@ static void write_tensor(const DLTensor *tensor) {
 #ifdef STATIC_MODEL
 #include "static_model.h"
 
-static void open_model(const char *path) { (void)path; }
+static void open_model(char **words) { (void)words; }
 
 static void run(DLTensor *inputs, int32_t count) {
   static DLTensor outputs[OUTPUTS];
@@ -125,11 +125,12 @@ static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) {
   return call(global("ffi.ModuleGetFunction"), arguments, 3).v_obj;
 }
 
-static void open_model(const char *path) {
-  TVMFFIAny file = of_text(path);
+static void open_model(char **words) {
+  if (!words[1] || !words[2]) exit(2);
+  TVMFFIAny file = of_text(words[1]);
   TVMFFIAny library = call(global("ffi.ModuleLoadFromFile"), &file, 1);
   TVMFFIAny machine = call(method(library, "vm_load_executable"), 0, 0);
-  TVMFFIAny arguments[] = {of_number(kDLCPU), of_number(0), of_number(2)}; /* 2: a pool of buffers */
+  TVMFFIAny arguments[] = {of_number(kDLCPU), of_number(0), of_number(strcmp(words[2], "pooled") ? 1 : 2)};
   call(method(machine, "vm_initialization"), arguments, 3);
   machine_main = method(machine, "main");
   array_size = global("ffi.ArraySize");
@@ -172,7 +173,8 @@ static void run(DLTensor *inputs, int32_t count) {
 #endif
 
 int main(int count, char **words) {
-  open_model(count > 1 ? words[1] : "");
+  if (count < 1) return 2;
+  open_model(words);
   for (;;) {
     DLTensor inputs[MOST];
     int32_t given;

@@ -35,6 +35,7 @@ class Cell:
         batch: rows that run through time together.
         hidden: hidden units; `tiles` vectors of `lanes` hold them.
         lanes: the vector width.
+        sums: vectors of sums that registers may hold.
         reverse: whether time runs backwards.
         direction: its place in weights and states.
         activations: the functions f, g, h of ONNX.
@@ -47,6 +48,7 @@ class Cell:
     batch: int
     hidden: int
     lanes: int
+    sums: int
     reverse: bool
     direction: int
     activations: tuple[Activation, ...]
@@ -97,7 +99,7 @@ def _sums(
     Chains hide the latency of one, and with `start` added last they round less: a step's rounding comes back in the
     next steps, which some trained cells amplify a thousandfold.
     """
-    chains = next((n for n in (4, 2) if cell.hidden % n == 0 and n * len(gates) <= cell.lanes), 1)
+    chains = next((n for n in (4, 2) if cell.hidden % n == 0 and n * len(gates) <= cell.sums), 1)
     sums = _loops.registers(len(gates) * chains, cell.lanes)
 
     def partial(n: int, c: int) -> Expr:

@@ -3,7 +3,7 @@
 The artefact holds codes. While building, they are put into the consumer's order (its own packing,
 applied to the codes), then packed again so that one vector of words holds the codes of as many
 vectors of weights as fit; a kernel decodes them into a planned buffer in front of each use. A codebook
-of at most 16 values (32 with AVX-512) is a register, and decoding a vector is one permutation.
+of at most 16 values (32 with AVX-512) is a register, and decoding a vector is one permutation; `_tbl` is ARM's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.ir import canonical, restore, unpack_codes
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
-from mc_opt.targets.kernels import _loops
+from mc_opt.targets.kernels import _loops, _tbl
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 Pack = Callable[[np.ndarray], np.ndarray]
@@ -34,7 +34,8 @@ class Tiles:
         shape: (t, *inner, c).
         words: int32 [t, c / lanes, ceil(K / per), lanes]: code j of a word is row (word · per + j).
         codebook: shared: [n] filled up to 2^bits and repeated up to whole registers, so that a permutation by a
-            lane's low bits finds it whatever stands above them; or one a group: [t, c, G, n], flat.
+            lane's low bits finds it whatever stands above them, or what `_tbl.tables` makes of it; or one a group:
+            [t, c, G, n], flat.
         scale: None, or [t, G, c].
         offset: None, or [t, G, c].
         group: int32 [K], the group of each row; None when there is one group.
@@ -92,7 +93,7 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
         return Tiles(
             shape=codes.shape,
             words=words,
-            codebook=_shared(weight.codebook, weight.bits, lanes),
+            codebook=_shared(weight.codebook, weight.bits, lanes, machine),
             scale=_single(weight.scale, tiles, columns),
             offset=_single(weight.offset, tiles, columns),
             group=None,
@@ -108,7 +109,7 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
     return Tiles(
         shape=codes.shape,
         words=words,
-        codebook=_shared(weight.codebook, weight.bits, lanes)
+        codebook=_shared(weight.codebook, weight.bits, lanes, machine)
         if shared
         else _spread_books(weight.codebook, row, groups),
         scale=_spread(weight.scale, row, groups),
@@ -182,8 +183,10 @@ def _spread(value: np.ndarray | None, row: np.ndarray, groups: int) -> np.ndarra
     return np.ascontiguousarray(full[row].transpose(0, 2, 1))
 
 
-def _shared(codebook: np.ndarray, bits: int, lanes: int) -> np.ndarray:
-    """codebook: n values in any shape -> [max(2^bits, lanes)], see `Tiles`."""
+def _shared(codebook: np.ndarray, bits: int, lanes: int, machine: Machine) -> np.ndarray:
+    """codebook: n values in any shape -> [max(2^bits, lanes)], or tables; see `Tiles`."""
+    if _has_tbl(bits, lanes, machine):
+        return _tbl.tables(codebook)
     full = np.zeros(1 << bits, np.float32)
     full[: codebook.size] = codebook.reshape(-1)
     return np.tile(full, max(1, lanes >> bits))
@@ -253,11 +256,14 @@ class Table:
     def __init__(self, tiles: Tiles, machine: Machine, codebook: Buffer) -> None:
         self._tiles, self._codebook = tiles, codebook
         self._wide = tiles.lanes == 16
+        self._tbl = not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine)
         self._registers = registers_of(tiles, machine)
 
     def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr) -> Expr:
         """The codebook entries of code j of each lane of a word."""
         bits, lanes = self._tiles.bits, self._tiles.lanes
+        if self._tbl:
+            return _tbl.value(self._tiles.codebook, self._codebook, word, j, bits)
         code = word if j == 0 else T.shift_right(word, _loops.splat(bits * j, lanes, "int32"))
         if not self._registers:
             return self._gathered(T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32")), t, v, g)
@@ -288,7 +294,14 @@ class Table:
 
 def registers_of(tiles: Tiles, machine: Machine) -> int:
     """Registers that hold the codebook for a permutation; 0 when there is none for it."""
+    if not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine):
+        return tiles.codebook.size // 16
     available = {16: "avx512f", 8: "avx2"}.get(tiles.lanes, "")
     if tiles.entries or available not in machine.features or (1 << tiles.bits) > 2 * tiles.lanes:
         return 0
     return max(1, (1 << tiles.bits) // tiles.lanes)
+
+
+def _has_tbl(bits: int, lanes: int, machine: Machine) -> bool:
+    """Whether NEON's `tbl` decodes a vector of codes."""
+    return "neon" in machine.features and lanes == _tbl.LANES and bits <= _tbl.MOST_BITS

@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter
-from mc_opt.targets.kernels import _decode, _loops, _weights
+from mc_opt.targets.kernels import _decode, _loops, _tbl, _weights
 from mc_opt.targets.kernels._decode import Table, Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
@@ -82,19 +82,21 @@ def _body(
     table = Table(tiles, machine, codebook)
 
     def step(sums: Buffer, t: Expr, w: Expr, number: int) -> None:
-        for j in range(number):
+        order = [(j, v) for j in range(number) for v in range(vectors)]
+        if machine.kind == "arm":  # `tbl` decodes four codes of a word: too many words at once do not fit in registers
+            order.sort(key=lambda at: (at[1], _tbl.turn(at[0], tiles.bits)))
+        for j, v in order:
             k = w * per + j
             g = 0 if group is None else group[k]
-            for v in range(vectors):
-                value = table.value(_loops.load(words, t, v, w, 0, lanes=lanes), j, t, v, g)
-                if scale is not None and not late:
-                    value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
-                if offset is not None:
-                    value = value + _loops.load(offset, t, g, v * lanes, lanes=lanes)
-                for m in range(rows):
-                    at = (m * vectors + v) * lanes
-                    term = value * _loops.splat(a[m, k], lanes)
-                    _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
+            value = table.value(_loops.load(words, t, v, w, 0, lanes=lanes), j, t, v, g)
+            if scale is not None and not late:
+                value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
+            if offset is not None:
+                value = value + _loops.load(offset, t, g, v * lanes, lanes=lanes)
+            for m in range(rows):
+                at = (m * vectors + v) * lanes
+                term = value * _factor(a, m, w * per, j, number, lanes, machine)
+                _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
 
     def tile(t: Expr, width: int) -> None:
         sums = _loops.registers(rows * vectors, lanes)
@@ -121,3 +123,11 @@ def _body(
             tile(t, columns)
     if n % columns:
         tile(tirx.const(whole, "int32"), n % columns)
+
+
+def _factor(a: Buffer, m: int, first: Expr, j: int, number: int, lanes: int, machine: Machine) -> Expr:
+    """a[m, first + j] in every lane; ARM multiplies by one lane of a register, so one register holds four of them."""
+    start = j - j % lanes
+    if machine.kind != "arm" or lanes == 1 or start + lanes > number:
+        return _loops.splat(a[m, first + j], lanes)
+    return tirx.Shuffle([_loops.load(a, m, first + start, lanes=lanes)], [j - start] * lanes)

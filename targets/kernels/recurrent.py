@@ -51,6 +51,7 @@ def recurrent(e: Emitter, node: onnx_ir.Node) -> None:
             batch=batch,
             hidden=hidden,
             lanes=e.machine.lanes,
+            sums=e.machine.registers // 2,
             reverse=reverse,
             direction=d,
             activations=tuple(_activation(node, name) for name in names),

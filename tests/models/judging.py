@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import onnxruntime
 
 import mc_opt
+from tests import _qemu
 from tests.models.catalogue import PublicModel
 from tests.models.inputs import Arrays
 
@@ -83,6 +85,16 @@ def artefact_runner(folder: Path) -> Runner:
     artefact = mc_opt.load(folder, target="x86")
     inputs = {port.name for port in artefact.inputs}
     return lambda feed: artefact.run({k: v for k, v in feed.items() if k in inputs})
+
+
+@contextmanager
+def running(out: Path, target: str) -> Iterator[Runner]:
+    """The artefact of an output folder as a function: x86 in this process, arm under qemu."""
+    if target != "arm":
+        yield artefact_runner(out)
+        return
+    with _qemu.artefact(out / "arm") as run:
+        yield run
 
 
 def outputs_of(model: PublicModel, root: Path, run: Runner) -> dict[str, np.ndarray]:

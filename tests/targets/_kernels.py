@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,18 +19,22 @@ from tvm import relax
 
 from mc_opt import ir
 from mc_opt.targets import _machine
-from mc_opt.targets._build import _pipeline, fuse, llvm_target
+from mc_opt.targets._build import _linker, _pipeline, fuse, llvm_target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _schedule
+from tests import _qemu
 
 Arrays = Mapping[str, np.ndarray]
+Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 RNG_SCALE = 0.3
+# What `check` builds for unless it is told; tests of another processor set it.
+CPU = "native"
 
 
 @functools.cache
 def machine(cpu: str = "native") -> Machine:
-    """This processor, or a level of the ABI."""
+    """This processor, or one by its name."""
     return _machine.native() if cpu == "native" else _machine.named(cpu)
 
 
@@ -45,6 +52,12 @@ def model(text: str, weights: Arrays | None = None) -> onnx.ModelProto:
 
 
 def build(proto: onnx.ModelProto, target: Machine) -> tuple[relax.VirtualMachine, tvm.IRModule, list[str]]:
+    """The model compiled and loaded; its scheduled module and the notes of its schedules."""
+    executable, module, notes = compiled(proto, target)
+    return relax.VirtualMachine(executable, tvm.cpu()), module, notes
+
+
+def compiled(proto: onnx.ModelProto, target: Machine) -> tuple[tvm.relax.VMExecutable, tvm.IRModule, list[str]]:
     """The model compiled; its scheduled module and the notes of its schedules."""
     _register()
     held = onnx_ir.from_proto(proto)
@@ -52,7 +65,27 @@ def build(proto: onnx.ModelProto, target: Machine) -> tuple[relax.VirtualMachine
     with llvm_target(target) as llvm:
         module, notes = _schedule.schedule(fuse(lowered.module), target)
         executable = tvm.compile(module, target=llvm, relax_pipeline=_pipeline(), tir_pipeline=intrinsics.PIPELINE)
-    return relax.VirtualMachine(executable, tvm.cpu()), module, [*lowered.fallbacks, *notes]
+    return executable, module, [*lowered.fallbacks, *notes]
+
+
+@contextmanager
+def running(proto: onnx.ModelProto, target: Machine) -> Iterator[tuple[Run, list[str]]]:
+    """The model as a function, and the notes of its schedules; ARM code runs under qemu."""
+    if target.kind == "x86":
+        loaded, _, notes = build(proto, target)
+        yield lambda arrays: [t.numpy() for t in loaded["main"](*map(tvm.runtime.tensor, arrays))], notes
+        return
+    with tempfile.TemporaryDirectory() as place:
+        path, notes = library(proto, target, Path(place))
+        with _qemu.library(path, cpu=target.cpu) as call:
+            yield call, notes
+
+
+def library(proto: onnx.ModelProto, target: Machine, folder: Path) -> tuple[Path, list[str]]:
+    """The model as model.so in `folder`, and the notes of its schedules."""
+    executable, _, notes = compiled(proto, target)
+    executable.export_library(str(folder / "model.so"), fcompile=_linker(), workspace_dir=str(folder))
+    return folder / "model.so", notes
 
 
 def feeds(proto: onnx.ModelProto, sizes: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
@@ -82,7 +115,7 @@ def check(
     text: str,
     weights: Arrays | None = None,
     *,
-    cpu: str = "native",
+    cpu: str = "",
     quiet: bool = True,
     sizes: Iterable[Mapping[str, int]] = ({},),
     threads: int = 1,
@@ -92,16 +125,16 @@ def check(
     One build runs with all `sizes` of the open dimensions.
     """
     proto = model(text, weights)
-    run, _, notes = build(proto, dataclasses.replace(machine(cpu), threads=threads))
-    for size in sizes:
-        _compare(proto, run, feeds(proto, size))
+    with running(proto, dataclasses.replace(machine(cpu or CPU), threads=threads)) as (run, notes):
+        for size in sizes:
+            _compare(proto, run, feeds(proto, size))
     if quiet:
         assert notes == []
 
 
-def _compare(proto: onnx.ModelProto, run: relax.VirtualMachine, inputs: Arrays) -> None:
+def _compare(proto: onnx.ModelProto, run: Run, inputs: Arrays) -> None:
     wanted = reference(proto, inputs)
-    got = [t.numpy() for t in run["main"](*[tvm.runtime.tensor(a) for a in inputs.values()])]
+    got = run(list(inputs.values()))
     assert len(wanted) == len(got)
     for a, b in zip(wanted, got, strict=True):
         assert a.shape == b.shape

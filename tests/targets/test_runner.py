@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 from mc_opt import ir, targets
 from mc_opt.targets._manifest import Port
 from mc_opt.targets._runner import runner
+from tests import _qemu
 from tests._harness import model as parsed
+from tests.models._fetch import fetch_public
 
 TWO = """
 agraph (float[2,3] x, int64[4] k) => (float[4,3] rows, float[2] sum, bool[2,3] big)
@@ -64,14 +67,39 @@ def test_the_program_gives_the_numbers_of_onnx_runtime(tmp_path: Path) -> None:
     assert wrong.returncode == 1 and "x.bin: expected a file of 24 bytes" in wrong.stderr
 
 
-def compile_as_it_says(folder: Path) -> None:
-    """Run the command in the comment at the program's top, word for word."""
+@pytest.mark.qemu
+@pytest.mark.slow
+@pytest.mark.tvm
+@pytest.mark.zig
+def test_the_program_runs_on_an_arm_machine(tmp_path: Path) -> None:
+    compiler = "aarch64-linux-gnu-g++"
+    if shutil.which(compiler) is None:
+        pytest.skip(f"missing tool: program {compiler} is not installed (Debian: g++-aarch64-linux-gnu)")
+    model = parsed(TWO)
+    folder = tmp_path / "arm"
+    folder.mkdir()
+    targets.parse_target("arm").compile(model, folder, lambda *_: None)
+    root = fetch_public("apache-tvm", "apache-tvm-ffi")
+    compile_as_it_says(folder, compiler, {"tvm": root / "apache-tvm/tvm", "tvm_ffi": root / "apache-tvm-ffi/tvm_ffi"})
+    sample = next(iter(ir.seeded_data(model, 1, 0))).inputs
+    expected = ir.Session(model).run(sample)
+    for name, array in sample.items():
+        array.tofile(folder / f"{name}.bin")
+    ran = _qemu.run_program(folder, ["./runner", "model.so", *(f"{n}.bin" for n in (*sample, *expected))])
+    assert ran.stdout == "float32 4x3\nfloat32 2\nbool 2x3\n", ran.stderr
+    for name, wanted in expected.items():
+        given = np.fromfile(folder / f"{name}.bin", wanted.dtype).reshape(wanted.shape)
+        np.testing.assert_allclose(given, wanted, rtol=1e-6, atol=1e-6)  # fp32 sums in another order
+
+
+def compile_as_it_says(folder: Path, compiler: str = "g++", packages: Mapping[str, Path] | None = None) -> None:
+    """Run the command in the comment at the program's top, word for word but for the compiler and the packages."""
     text = (folder / "runner.cc").read_text()
     (command,) = re.findall(r"^//   (g\+\+ .*?)\n//   \./runner", text, re.DOTALL | re.MULTILINE)
     for name, package in (("$TVM", "tvm"), ("$FFI", "tvm_ffi")):
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.submodule_search_locations
-        command = command.replace(name, spec.submodule_search_locations[0])
-    command = command.replace("\\\n//", " ").replace("-O2", "-O0")
+        command = command.replace(name, str((packages or {}).get(package, spec.submodule_search_locations[0])))
+    command = command.replace("g++", compiler, 1).replace("\\\n//", " ").replace("-O2", "-O0")
     done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -218,14 +218,14 @@ def test_passes_come_from_their_files(mc_opt: Run) -> None:
 def test_targets_come_from_their_files(mc_opt: Run) -> None:
     ran = mc_opt("targets")
     assert ran.code == 0, ran.err
-    assert "onnx" in ran.out and "x86" in ran.out
-    assert "threads" in mc_opt("targets", "x86").out
+    assert all(name in ran.out for name in ("onnx", "x86", "arm"))
+    assert "threads" in mc_opt("targets", "x86").out and "cortex-a53" in mc_opt("targets", "arm").out
 
 
 def test_doctor(mc_opt: Run) -> None:
     ran = mc_opt("doctor")
     assert ran.code == 0, ran.err
-    assert "onnxruntime" in ran.out and "CPU features" in ran.out
+    assert "onnxruntime" in ran.out and "CPU features" in ran.out and "running ARM artefacts" in ran.out
     facts = json.loads(mc_opt("doctor", "--json").out)
     assert {row["part"] for row in facts["packages"]} == {"core", "torch", "tvm", "cuda"}
 

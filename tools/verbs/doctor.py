@@ -40,9 +40,12 @@ CPU_FEATURES = (
     "i8mm",
     "sve",
 )
-# Program -> what needs it, and how Debian brings it.
+# Program (or its names) -> what needs it, and how Debian brings it.
 PROGRAMS = {
-    "qemu-aarch64-static": ("running ARM artefacts here (tests)", "apt-get install qemu-user-static"),
+    "qemu-aarch64|qemu-aarch64-static": (
+        "running ARM artefacts without a board (tests)",
+        "apt-get install qemu-user libstdc++6-arm64-cross",
+    ),
     "nvcc": ("CUDA without nvrtc", "apt-get install nvidia-cuda-toolkit"),
     "npm": ("one public test model", "apt-get install npm"),
 }
@@ -143,8 +146,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _tools() -> list[tuple[dict[str, Any], str]]:
     """Each tool as (what is printed, what to do when it is missing)."""
     rows: list[tuple[dict[str, Any], str]] = []
-    for name, (purpose, debian) in PROGRAMS.items():
-        rows.append(({"name": name, "found": shutil.which(name), "purpose": purpose}, f"{name} ({purpose}): {debian}"))
+    for names, (purpose, debian) in PROGRAMS.items():
+        name, *others = names.split("|")
+        found = next((path for n in (name, *others) if (path := shutil.which(n))), None)
+        rows.append(({"name": name, "found": found, "purpose": purpose}, f"{name} ({purpose}): {debian}"))
     nvrtc = importlib.util.find_spec("cuda") is not None or bool(
         list(Path("/usr/local").glob("cuda*/lib64/libnvrtc.so*"))
     )
