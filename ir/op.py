@@ -103,7 +103,7 @@ class Op(abc.ABC):
     """One op of the dialect; its class name is the op type, its file name the snake case of that."""
 
     inputs: ClassVar[tuple[str, ...]]
-    """Names of the inputs; a trailing `?` marks an optional one."""
+    """Names of the inputs; a trailing `?` marks an optional one, a trailing `*` the last one, of any number."""
     attributes: ClassVar[Mapping[str, Attribute]]
 
     @property
@@ -135,6 +135,10 @@ class Op(abc.ABC):
         """A function of the input tensors (None for one left out) that replaces the interpreted body, or None."""
         return None
 
+    def row_axes(self, node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
+        """The row axes of a weight at input `index`, as `weight_sites` lists them; None: the input takes no weight."""
+        return None
+
     def check_data(self, node: onnx_ir.Node) -> None:  # noqa: B027  (an op may have nothing to check)
         """Check what only the constants' values show.
 
@@ -148,13 +152,15 @@ class Op(abc.ABC):
         Raises:
             IRError: for the first condition that does not hold.
         """
-        required = sum(not name.endswith("?") for name in self.inputs)
-        if not required <= len(node.inputs) <= len(self.inputs):
+        formal = self.formal(len(node.inputs))
+        optional = {name.rstrip("?") for name in self.inputs if name.endswith("?")}
+        required = max((k + 1 for k, name in enumerate(formal) if name not in optional), default=0)
+        if not required <= len(node.inputs) <= len(formal):
             raise IRError(
                 f"{where(node)} has {len(node.inputs)} inputs, expected {' '.join(self.inputs)}; make it with ir.node"
             )
-        for name, value in zip(self.inputs, node.inputs, strict=False):
-            if value is None and not name.endswith("?"):
+        for name, value in zip(formal, node.inputs, strict=False):
+            if value is None and name not in optional:
                 raise IRError(f"{where(node)}: input {name} is missing; make the node with ir.node")
         if len(node.outputs) != 1:
             raise IRError(f"{where(node)} has {len(node.outputs)} outputs, expected 1; make it with ir.node")
@@ -172,12 +178,19 @@ class Op(abc.ABC):
 
     def input(self, node: onnx_ir.Node, name: str) -> onnx_ir.Value | None:
         """The value at the input called `name` (without its `?`)."""
-        index = [n.rstrip("?") for n in self.inputs].index(name)
+        index = self.formal(len(node.inputs)).index(name)
         return node.inputs[index] if index < len(node.inputs) else None
+
+    def formal(self, count: int) -> list[str]:
+        """The names of the inputs without their marks, for a node of `count`: `factor*` is factor1, factor2 .."""
+        *fixed, last = self.inputs
+        if not last.endswith("*"):
+            return [name.rstrip("?") for name in self.inputs]
+        return [name.rstrip("?") for name in fixed] + [f"{last[:-1]}{k + 1}" for k in range(count - len(fixed))]
 
     def function(self, node: onnx_ir.Node, opset: int) -> onnx_ir.Function:
         """The model-local function that gives `node` its meaning in a model of `opset`."""
-        op = Body([name.rstrip("?") for name in self.inputs])
+        op = Body(self.formal(len(node.inputs)))
         output = self.body(op, node)
         graph = onnx_ir.Graph(
             tuple(op.inputs.values()),

@@ -95,7 +95,7 @@ def _check_replacement(site: WeightSite, new: onnx_ir.Value) -> None:
 
 def _name_inputs(node: onnx_ir.Node, graph: onnx_ir.Graph, names: set[str]) -> None:
     """Name what the node takes after its output, and register the constants."""
-    formal = [n.rstrip("?") for n in find_op(node.op_type).inputs] if is_ours(node) else []
+    formal = find_op(node.op_type).formal(len(node.inputs)) if is_ours(node) else []
     for index, value in enumerate(node.inputs):
         if value is None or value.graph is not None:
             continue

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir
 
 from mc_opt.ir.errors import IRError
-from mc_opt.ir.op import DOMAIN, is_ours
+from mc_opt.ir.op import DOMAIN, find_op, is_ours
 
 LAYER = "mc_opt.layer"
 
@@ -246,6 +246,8 @@ class _Walk:
 
 def row_axes(node: onnx_ir.Node, index: int, value: onnx_ir.Value) -> tuple[int, ...] | Skip | None:
     """The row axes of a weight at an input of a node; None when the input takes no weight."""
+    if is_ours(node):
+        return find_op(node.op_type).row_axes(node, index)
     if node.domain not in ("", "ai.onnx"):
         return None
     rank = len(value.shape) if value.shape is not None else 0

@@ -223,12 +223,22 @@ def _check_ours(node: onnx_ir.Node) -> None:
     op = find_op(node.op_type)
     op.check(node)
     for output, (dtype, shape) in zip(node.outputs, op.types(node), strict=True):
-        if output.dtype != dtype or output.shape is None or tuple(output.shape) != tuple(shape):
+        if output.dtype != dtype or output.shape is None or not _fits(output.shape, shape):
             dims = "unknown" if output.shape is None else list(output.shape)
             raise IRError(
                 f"{where(node)}: the output is typed {output.dtype} {dims}, expected {dtype} {list(shape)}; "
                 "make the node with ir.node"
             )
+
+
+def _fits(stated: onnx_ir.Shape, expected: onnx_ir.Shape) -> bool:
+    """Whether every dimension is the expected one; one that follows from a symbol and has no name may be any."""
+    if len(stated) != len(expected):
+        return False
+    return all(
+        a == b or b is None or (not isinstance(b, int) and b.value is None)
+        for a, b in zip(stated, expected, strict=True)
+    )
 
 
 def _check_functions(model: onnx_ir.Model) -> None:
