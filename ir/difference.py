@@ -60,7 +60,8 @@ def _names_may_mislead(changes: tuple[Change, ...], first: Side, second: Side) -
     )
     if wired and len(first.titles) == len(second.titles):
         return True
-    return 2 * sum(c.what == "node" and c.kind != "removed" for c in changes) > len(second.titles)
+    new = [c for c in changes if c.what == "node" and c.kind != "removed" and [d.what for d in c.details] != ["graph"]]
+    return 2 * len(new) > len(second.titles)
 
 
 def _compared(
@@ -169,7 +170,9 @@ class _Comparison:
 
     def _moved(self, a: onnx_ir.Node, b: onnx_ir.Node) -> bool:
         x, y = _holder(a, self.a), _holder(b, self.b)
-        return y is not None if x is None else self.matching.nodes.get(x) is not y
+        if x is None or y is None:
+            return x is not y
+        return self.matching.nodes.get(x) is not y
 
     def _attributes(self, a: onnx_ir.Node, b: onnx_ir.Node) -> Iterator[Detail]:
         for name in sorted({*a.attributes, *b.attributes}):

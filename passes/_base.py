@@ -132,9 +132,10 @@ class Context:
         for thing in things:
             match thing:
                 case onnx_ir.Node():
-                    self.log.rules["node", ir.title_of(thing)] = rule
+                    name = ("node", ir.title_of(thing))
                 case _:
-                    self.log.rules["value", str(thing.name)] = rule
+                    name = ("value", str(thing.name))
+            self.log.rules.setdefault(name, rule)  # what was fixed first and then found unused went for the first
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Tell the user how far the pass is."""

@@ -70,7 +70,7 @@ def _print_makers(console: Console, changes: Sequence[Change]) -> None:
     rows = []
     for made_by, rule in makers:
         did = [
-            f"{counted[made_by, rule, what, kind]} {what}s {kind}"
+            f"{_count(counted[made_by, rule, what, kind], what)} {kind}"
             for what in ("node", "weight", "input", "output", "function", "model")
             for kind in _SIGNS
             if counted[made_by, rule, what, kind]
@@ -78,8 +78,12 @@ def _print_makers(console: Console, changes: Sequence[Change]) -> None:
         rows.append((made_by, rule or "(not told)", ", ".join(did)))
     unknown = sum(1 for c in changes if not c.by)
     if unknown and rows:
-        rows.append(("(unknown)", "", f"{unknown} changes"))
+        rows.append(("(unknown)", "", _count(unknown, "change")))
     _print_table(console, ("pass", "rule", "did"), rows, title="By pass")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _print_changes(console: Console, changes: Sequence[Change], *, whole: bool) -> None:
@@ -91,7 +95,7 @@ def _print_changes(console: Console, changes: Sequence[Change], *, whole: bool) 
         nodes = [c for c in members if whole or c.what == "node"]
         rest = [c for c in members if not whole and c.what == "weight"]
         if not group and not whole and len(nodes) > _ROWS:
-            rest, nodes = [*nodes, *rest], []
+            rest, nodes = [*nodes, *rest], []  # the shape arithmetic of a long model
         console.print(Text.assemble("\n", (group or "(no layer)", "bold")))
         for change in nodes:
             console.print(_line(change))

@@ -32,7 +32,7 @@ stored      6.7 kB  3.3 kB  constants: 3 added, 1 changed
 
 By pass
 pass        rule         did
-denseshift  4-bit shift  1 nodes added, 3 weights added, 1 weights changed
+denseshift  4-bit shift  1 node added, 3 weights added, 1 weight changed
 
 fc2
   + mc_opt.Lookup denseshift/fc2  denseshift: 4-bit shift
