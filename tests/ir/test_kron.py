@@ -1,0 +1,199 @@
+"""Chains of Kronecker factors against the dense layer with the weight that they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import onnx_ir
+import onnxruntime
+import pytest
+from hypothesis import assume, given, settings
+
+from mc_opt import ir
+
+STRUCTURES = ("gkpd", "cp", "tt", "tucker", "sekron")
+
+
+def carries(structure: str, count: int) -> list[set[int]]:
+    """The rank axes that each of `count` factors carries; the shapes say which structure it is."""
+    last = count - 1
+    match structure:
+        case "gkpd" | "cp":
+            return [{0} for _ in range(count)]
+        case "tt":
+            return [{r for r in (k - 1, k) if 0 <= r < last} for k in range(count)]
+        case "tucker":  # the last factor is the core
+            return [{k} for k in range(last)] + [set(range(last))]
+        case _:
+            return [set(range(min(k + 1, last))) for k in range(count)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Factors with their number of rank axes, and the window and groups of the dense layer."""
+
+    factors: tuple[np.ndarray, ...]
+    ranks: int
+    attributes: Mapping[str, Any]
+    x: np.ndarray
+    bias: np.ndarray | None
+
+
+@st.composite
+def layers(draw: st.DrawFn, *, spatial: int) -> Layer:
+    """Layers of two or three factors of any structure; spatial=0 is a linear layer."""
+    count = draw(st.integers(2, 3))
+    structure = draw(st.sampled_from(STRUCTURES))
+    carried = carries(structure, count)
+    ranks = max(r for axes in carried for r in axes) + 1
+    extents = [draw(st.integers(1, 3)) for _ in range(ranks)]
+    shapes = [
+        tuple(extents[r] if r in axes else 1 for r in range(ranks))
+        + tuple(draw(st.integers(1, 3)) for _ in range(2))
+        + tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(spatial))
+        for axes in carried
+    ]
+    group = draw(st.sampled_from((1, 1, 2, 3))) if spatial else 1
+    outer = list(shapes[0])
+    outer[ranks] *= group
+    shapes[0] = tuple(outer)
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 16)))
+    kernel = [math.prod(shape[ranks + 2 + a] for shape in shapes) for a in range(spatial)]
+    strides = [draw(st.integers(1, 3)) for _ in range(spatial)]
+    dilations = [draw(st.integers(1, 2)) for _ in range(spatial)]
+    pads = [draw(st.integers(0, 2)) for _ in range(2 * spatial)]
+    sizes = [draw(st.integers(1, 5)) + d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    assume(max(sizes, default=0) <= 24)
+    channels = group * math.prod(shape[ranks + 1] for shape in shapes)
+    x: np.ndarray = rng.standard_normal((2, channels, *sizes) if spatial else (2, 3, channels))
+    factors = tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    outputs = math.prod(shape[ranks] for shape in shapes)
+    bias = rng.standard_normal(outputs).astype(np.float32) if draw(st.booleans()) else None
+    window = {"strides": strides, "dilations": dilations, "pads": pads, "group": group} if spatial else {}
+    return Layer(factors, ranks, window, x.astype(np.float32), bias)
+
+
+def model_of(layer: Layer, *, symbolic: bool) -> onnx_ir.Model:
+    """The layer as a model of one node; `symbolic` leaves the batch and the positions open."""
+    shape: list[int | str] = list(layer.x.shape)
+    if symbolic:
+        shape = ["n", shape[1], *(f"s{k}" for k in range(len(shape) - 2))] if layer.attributes else ["n", "t", shape[2]]
+    x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(shape))
+    op_type = "SeKronConv" if layer.attributes else "KronLinear"
+    given_ = [None if layer.bias is None else layer.bias, *layer.factors]
+    names = ["bias", *(f"w.factor{k + 1}" for k in range(len(layer.factors)))]
+    values = [
+        None
+        if array is None
+        else onnx_ir.Value(
+            name=name,
+            type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
+            shape=onnx_ir.Shape(array.shape),
+            const_value=onnx_ir.tensor(array),
+        )
+        for name, array in zip(names, given_, strict=True)
+    ]
+    node = ir.node(op_type, [x, *values], layer.attributes, name="layer", output="y")
+    constants = [v for v in values if v is not None]
+    graph = onnx_ir.Graph(
+        [x], list(node.outputs), nodes=[node], initializers=constants, opset_imports={"": 21}, name="g"
+    )
+    model = onnx_ir.Model(graph, ir_version=10)
+    ir.add_functions(model)
+    return model
+
+
+def in_onnx_runtime(model: onnx_ir.Model, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString(), options)
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+def dense(layer: Layer) -> np.ndarray:
+    """The dense layer with the reconstructed weight, in double precision."""
+    import torch
+
+    weight = torch.from_numpy(ir.kron_weight([f.astype(np.float64) for f in layer.factors], layer.ranks))
+    x = torch.from_numpy(layer.x.astype(np.float64))
+    bias = None if layer.bias is None else torch.from_numpy(layer.bias.astype(np.float64))
+    if not layer.attributes:
+        return np.asarray(torch.nn.functional.linear(x, weight, bias))
+    n = weight.dim() - 2
+    pads = layer.attributes["pads"]
+    sides = [p for axis in reversed(range(n)) for p in (pads[axis], pads[n + axis])]
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[n - 1]
+    names = {"stride": "strides", "dilation": "dilations", "groups": "group"}
+    options = {ours: layer.attributes[theirs] for ours, theirs in names.items()}
+    return np.asarray(convolve(torch.nn.functional.pad(x, sides), weight, bias, **options))
+
+
+def holds(layer: Layer, result: np.ndarray) -> None:
+    expected = dense(layer)
+    assert result.shape == expected.shape
+    scale = float(np.abs(expected).max()) or 1.0
+    # fp32 of at most 729 products of three factors: relative 1e-5.
+    assert np.abs(result - expected).max() <= 1e-5 * scale
+
+
+def sweep(layer: Layer) -> None:
+    from mc_opt.ir import interpret
+
+    model = model_of(layer, symbolic=False)
+    holds(layer, in_onnx_runtime(model, layer.x))
+    holds(layer, in_onnx_runtime(model_of(layer, symbolic=True), layer.x))
+    import torch
+
+    with torch.no_grad():
+        result = interpret(model)(torch.from_numpy(layer.x))
+    holds(layer, np.asarray(result[0] if isinstance(result, (tuple, list)) else result))
+
+
+@pytest.mark.torch
+@settings(max_examples=60, deadline=None)
+@given(layers(spatial=2))
+def test_factored_convolution_is_the_dense_one(layer: Layer) -> None:
+    sweep(layer)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("spatial", [1, 3])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_other_ranks_of_convolution_are_the_dense_one(spatial: int, data: st.DataObject) -> None:
+    sweep(data.draw(layers(spatial=spatial)))
+
+
+@pytest.mark.torch
+@settings(max_examples=40, deadline=None)
+@given(layers(spatial=0))
+def test_factored_product_is_the_dense_one(layer: Layer) -> None:
+    sweep(layer)
+
+
+def test_numbers_of_the_worked_example() -> None:
+    """A of shape 2x1x2x1 and B of shape 1x2x1x3, with outputs computed by hand."""
+    a = np.array([[1, 2], [3, 4]], np.float32).reshape(1, 2, 1, 2, 1)
+    b = np.array([[1, -1, 2], [0, 3, 1]], np.float32).reshape(1, 1, 2, 1, 3)
+    weight = ir.kron_weight([a, b], 1)
+    assert weight.shape == (2, 2, 2, 3)
+    np.testing.assert_array_equal(weight[0, 0], [[1, -1, 2], [2, -2, 4]])
+    np.testing.assert_array_equal(weight[1, 1], [[0, 9, 3], [0, 12, 4]])
+    window = {"strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
+    layer = Layer((a, b), 1, window, np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4), None)
+    result = in_onnx_runtime(model_of(layer, symbolic=False), layer.x)
+    np.testing.assert_array_equal(result, [[[[216, 234], [288, 306]], [[488, 530], [656, 698]]]])
+
+
+def test_parameters_and_work_of_a_candidate() -> None:
+    """Parameters are the factors' elements; a stage multiplies where it runs."""
+    shapes = [(4, 8, 2, 1, 1), (4, 2, 16, 3, 3)]  # R = 4, F = 16, C = 32, 3x3
+    work = ir.factored_work(shapes, 1, outputs=100)
+    first, second = 4 * 2 * 2 * 16 * 9, 4 * 2 * 8 * 2  # R·C1·F2·C2·K, then R·F2·F1·C1
+    assert work.mul == (first + second) * 100
+    assert work.bytes == 4 * sum(math.prod(s) for s in shapes)
