@@ -27,7 +27,7 @@ def test_minilm(passes: str, public: Callable[..., Path], tmp_path: Path) -> Non
         artefact_runner(tmp_path / "made")({k: np.ones((1, 600), np.int64) for k in ("input_ids", "attention_mask")})
 
 
-@pytest.mark.parametrize("passes", ["", pytest.param(PASSES, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("passes", ["", PASSES])
 def test_ppocr_cls(passes: str, public: Callable[..., Path], tmp_path: Path) -> None:
     known = next(m for m in MODELS if m.name == "ppocr-cls")
     source = mc_opt.load_model(known.source(public(*known.packages)), shapes={"x": ("N", 3, 48, 192)})
