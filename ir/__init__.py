@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.ops.lookup import decode
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
-    from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_weight
+    from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_node, replace_weight
     from mc_opt.ir.run.drift import Drift, DriftMeter, OutputDrift, Verdict, accuracy, is_right, judge
     from mc_opt.ir.run.interp import interpret
     from mc_opt.ir.run.module import names, run_module, state_to_model
@@ -125,6 +125,7 @@ _EXPORTS = {
     "layer_of": "sites",
     "matches": "sites",
     "provenance": "rewrite",
+    "replace_node": "rewrite",
     "replace_weight": "rewrite",
     "weight_sites": "sites",
     "interpret": "run.interp",

@@ -82,6 +82,52 @@ def replace_weight(
     return new
 
 
+def replace_node(
+    node: onnx_ir.Node, nodes: Sequence[onnx_ir.Node], *, by: tuple[str, str], names: set[str]
+) -> onnx_ir.Value:
+    """Put nodes in the place of one with a single output; the new output.
+
+    The output of the last node takes the old one's name, type, shape, metadata and every use; values on the way get
+    names that derive from it (`y.1`). Constants must be registered already; those of the old node stay.
+
+    Args:
+        node: what goes.
+        nodes: in topological order, the last one makes the result.
+        by: the pass and the rule.
+        names: every value name of the model; grows by the new ones.
+
+    Raises:
+        IRError: when the node's own output is not one, or in no graph any more.
+    """
+    graph = node.graph
+    if not isinstance(graph, onnx_ir.Graph) or len(node.outputs) != 1:
+        raise IRError(f"{node.name}: {node.op_type} cannot be replaced, expected a node of a graph with one output")
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    name, tensor_type, shape = old.name, old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name = None
+    new.name, new.type, new.shape = name, tensor_type, _merged(new.shape, shape)
+    new.doc_string = old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    for made in nodes[:-1]:
+        made.outputs[0].name = free(f"{name}", names)
+        names.add(made.outputs[0].name)
+    graph.insert_after(node, nodes)
+    graph.remove(node, safe=True)
+    for made in nodes:
+        made.metadata_props.update(node.metadata_props)
+        provenance(made, by)
+    return new
+
+
+def _merged(new: onnx_ir.Shape | None, old: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
+    """The new shape, with the old one's dimensions where it knows none."""
+    if new is None or old is None or len(new) != len(old):
+        return new if new is not None else old
+    known = [isinstance(dim, int) or dim.value is not None for dim in new]
+    return onnx_ir.Shape([a if is_known else b for a, b, is_known in zip(new, old, known, strict=True)])
+
+
 def _check_replacement(site: WeightSite, new: onnx_ir.Value) -> None:
     if not site.value.is_initializer():
         raise IRError(f"{site.layer}: the weight was replaced already; take sites from a fresh ir.weight_sites")

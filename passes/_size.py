@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import onnx_ir
 
 from mc_opt import ir
+from mc_opt.passes._factored import factored_layer, is_chain
 from mc_opt.passes._report import LayerReport, Size
 
 
@@ -55,9 +56,9 @@ def _is_part(value: onnx_ir.Value) -> bool:
 def _decodes(node: onnx_ir.Node) -> bool:
     """Whether a node makes a weight of its parts: an op of ours, or the sum of what such ops make."""
     if node.op_type != "Add" or node.domain != "":
-        return node.domain == "mc_opt"
+        return node.domain == "mc_opt" and not is_chain(node)
     makers = [value.producer() for value in node.inputs if value is not None]
-    return all(maker is not None and maker.domain == "mc_opt" for maker in makers)
+    return all(maker is not None and maker.domain == "mc_opt" and not is_chain(maker) for maker in makers)
 
 
 def _tensor_bytes(attribute: onnx_ir.Attr) -> int:
@@ -130,23 +131,28 @@ def changed_layers(
         position: its place in the pipeline.
     """
     before, after = values_by_name(old), values_by_name(new)
+    factors: dict[str, list[onnx_ir.Value]] = {}
+    for value in after.values():
+        if (layer := factored_layer(value)) is not None:
+            factors.setdefault(layer, []).append(value)
     counted: set[onnx_ir.Value] = set()
     rows = []
     for layer, name in names.items():
-        if name not in before or name not in after:
+        held = [after[name]] if name in after else factors.get(layer, [])
+        if name not in before or not held:
             continue
-        was, now = stored(before[name]), stored(after[name])
+        was, now = stored(before[name]), _stored_by(held)
         if was is None or now is None or [id(v.const_value) for v in was] == [id(v.const_value) for v in now]:
             continue
         own = [v for v in now if v not in counted]
         counted.update(own)
-        elements = elements_of(after[name])
+        elements = elements_of(before[name])
         bytes_after = _nbytes(own)
         rows.append(
             LayerReport(
                 layer=layer,
                 rewritten_by=rewritten_by,
-                rule=_rule(after[name]),
+                rule=_rule(held[0]),
                 elements=elements,
                 bytes_before=_nbytes(was),
                 bytes_after=bytes_after,
@@ -155,6 +161,13 @@ def changed_layers(
             )
         )
     return tuple(rows)
+
+
+def _stored_by(values: list[onnx_ir.Value]) -> list[onnx_ir.Value] | None:
+    """The constants that values are computed from; None if one depends on an input of the model."""
+    parts = [stored(value) for value in values]
+    known = [part for part in parts if part is not None]
+    return None if len(known) < len(parts) else list(dict.fromkeys(v for part in known for v in part))
 
 
 def _nbytes(values: list[onnx_ir.Value]) -> int:

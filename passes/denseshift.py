@@ -27,6 +27,8 @@ import onnx_ir
 from mc_opt import ir
 from mc_opt.passes import _shift
 from mc_opt.passes._base import Context, Pass
+from mc_opt.passes._factored import factored_layer, is_chain
+from mc_opt.passes._size import stored
 
 _BLOCK = 1 << 22  # weights read at a time
 _ENDS = ("Conv", "MatMul", "Gemm")
@@ -92,8 +94,9 @@ class DenseShift(Pass):
     def _reason(self, layer: str, site: ir.WeightSite | ir.Skip, ends: dict[str, str], ctx: Context) -> ir.Skip | None:
         if isinstance(declined := self.declines(layer), ir.Skip):
             return declined
+        whole = factored_layer(site.value) if isinstance(site, ir.WeightSite) else None
         for end, layer_at_end in ends.items():
-            if end in self.skip and layer == layer_at_end:
+            if end in self.skip and layer_at_end in (layer, whole):
                 return ir.Skip(f"skip={end}: it is the {end} Conv, MatMul or Gemm with a constant weight")
         if isinstance(site, ir.Skip):
             return site
@@ -162,18 +165,15 @@ def _ends(model: onnx_ir.Model) -> dict[str, str]:
 
 
 def _layer_at(node: onnx_ir.Node) -> str | None:
+    if is_chain(node):
+        factor = next(value for value in node.inputs[2:] if value is not None)
+        return factored_layer(factor) or ir.layer_of(factor)
     if node.domain != "" or node.op_type not in _ENDS:
         return None
     for index in (1, 0) if node.op_type != "Conv" else (1,):
         value = node.inputs[index]
-        if value is None or value.is_graph_input():
-            continue
-        maker = value.producer()
-        decoded = maker is not None and (
-            maker.domain == "mc_opt" or maker.metadata_props.get("mc_opt.pass") is not None
-        )
-        if value.is_initializer() or decoded:
-            return ir.layer_of(value)
+        if value is not None and not value.is_graph_input() and stored(value) is not None:
+            return factored_layer(value) or ir.layer_of(value)
     return None
 
 

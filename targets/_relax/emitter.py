@@ -60,7 +60,6 @@ class _Held:
     shape: Shape
     array: np.ndarray | None = None
     sizes: np.ndarray | None = None
-    kind: str | None = None  # the element type of `sizes`
     plain: relax.Expr | None = None
     nhwc: relax.Expr | None = None
     make: Callable[[], relax.Expr] | None = None
@@ -123,8 +122,8 @@ class Emitter:
         held = self._get(value)
         if held.array is not None:
             return str(held.array.dtype)
-        if held.kind is not None:
-            return held.kind
+        if held.sizes is not None:
+            return "int64"
         expr = held.nhwc if held.nhwc is not None else held.plain
         if expr is not None:
             return str(expr.ty.dtype)
@@ -258,15 +257,15 @@ class Emitter:
         """State that a value is known while building."""
         self._held[value] = _Held(tuple(array.shape), array=array)
 
-    def set_sizes(self, value: onnx_ir.Value, extents: np.ndarray, kind: str = "int64") -> None:
+    def set_sizes(self, value: onnx_ir.Value, extents: np.ndarray) -> None:
         """State that a value holds extents: integers, and expressions of the open dimensions."""
         flat = [dims.simple(d) for d in extents.reshape(-1)]
         if dims.is_static(flat):
-            self.set_constant(value, np.array(flat, kind).reshape(extents.shape))
+            self.set_constant(value, np.array(flat, np.int64).reshape(extents.shape))
             return
         held = np.empty(len(flat), object)
         held[:] = flat
-        self._held[value] = _Held(tuple(extents.shape), sizes=held.reshape(extents.shape), kind=kind)
+        self._held[value] = _Held(tuple(extents.shape), sizes=held.reshape(extents.shape))
 
     def alias(self, value: onnx_ir.Value, source: onnx_ir.Value) -> None:
         """State that a value is another one; conversions of either serve both."""
@@ -307,7 +306,7 @@ class Emitter:
         if held.make is not None:
             return held.make()
         if held.sizes is not None:
-            return self.te(functools.partial(_written, held.sizes, str(held.kind)), name="sizes")
+            return self.te(functools.partial(_written, held.sizes), name="sizes")
         assert held.nhwc is not None
         return self._transpose(held.nhwc, to_plain(len(held.shape)))
 
@@ -370,7 +369,7 @@ def reshaped(x: te.Tensor, shape: Sequence[Dim]) -> te.Tensor:
     return te.compute(tuple(shape), element, name="reshape")
 
 
-def _written(extents: np.ndarray, kind: str) -> te.Tensor:
+def _written(extents: np.ndarray) -> te.Tensor:
     """The extents as a tensor, for what computes with them at run time."""
     flat = extents.reshape(-1)
 
@@ -378,11 +377,10 @@ def _written(extents: np.ndarray, kind: str) -> te.Tensor:
         at: Any = 0
         for k, extent in zip(i, extents.shape, strict=True):
             at = at * extent + k
-        zero = tirx.const(0, "int64")
-        value = zero + flat[0]
+        value = tirx.Cast("int64", tirx.const(0, "int64") + flat[0])
         for k, extent in enumerate(flat[1:], 1):
-            value = tirx.Select(at >= k, zero + extent, value)
-        return value.astype(kind)
+            value = tirx.Select(at >= k, tirx.const(0, "int64") + extent, value)
+        return value
 
     return te.compute(extents.shape, element, name="sizes")
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets.kernels import _loops, _math
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
@@ -45,8 +44,8 @@ class Cell:
     """
 
     kind: str
-    steps: Dim
-    batch: Dim
+    steps: int
+    batch: int
     hidden: int
     lanes: int
     sums: int

@@ -127,13 +127,12 @@ def check(
     proto = model(text, weights)
     with running(proto, dataclasses.replace(machine(cpu or CPU), threads=threads)) as (run, notes):
         for size in sizes:
-            compare(proto, run, feeds(proto, size))
+            _compare(proto, run, feeds(proto, size))
     if quiet:
         assert notes == []
 
 
-def compare(proto: onnx.ModelProto, run: Run, inputs: Arrays) -> None:
-    """What was built gives ONNX Runtime's outputs."""
+def _compare(proto: onnx.ModelProto, run: Run, inputs: Arrays) -> None:
     wanted = reference(proto, inputs)
     got = run(list(inputs.values()))
     assert len(wanted) == len(got)

@@ -1,0 +1,21 @@
+"""How a layer that was factorised is recognised: the ops that take factors, and the mark that each factor carries."""
+
+from __future__ import annotations
+
+import onnx_ir
+
+CHAINS = ("SeKronConv", "KronLinear")
+"""Ops of ours that use weights, as a Conv or a MatMul does; all others decode one."""
+
+FACTOR_OF = "mc_opt.factor_of"
+"""Metadata of a factor, and of what decodes to it: the layer whose weight it is a part of."""
+
+
+def factored_layer(value: onnx_ir.Value) -> str | None:
+    """The layer that a factor belongs to; None for any other value."""
+    return value.metadata_props.get(FACTOR_OF)
+
+
+def is_chain(node: onnx_ir.Node) -> bool:
+    """Whether a node takes the factors of a weight."""
+    return node.domain == "mc_opt" and node.op_type in CHAINS
