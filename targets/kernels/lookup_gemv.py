@@ -37,7 +37,9 @@ def product(
     rows = math.prod(shape[:-1])
     if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
         return None
-    vectors = min(4, -(-n // e.machine.lanes))
+    # NEON's tables, and the four vectors that they make at a time, take registers from the sums: more would spill.
+    most = 2 if e.machine.kind == "arm" else 4
+    vectors = min(most, -(-n // e.machine.lanes))
     columns = vectors * e.machine.lanes
 
     def pack(array: np.ndarray) -> np.ndarray:
