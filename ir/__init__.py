@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
     from mc_opt.ir.io.weightless import weightless
     from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
+    from mc_opt.ir.ops._kron import Chain, Stage, dense_work, factored_work, kron_weight
     from mc_opt.ir.ops._packing import Geometry, canonical, pack_codes, restore, unpack_codes
     from mc_opt.ir.ops.fake_lookup import nearest_codes
     from mc_opt.ir.ops.lookup import decode
+    from mc_opt.ir.ops.sekron_conv import stage_windows
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_node, replace_weight
@@ -98,9 +100,12 @@ _EXPORTS = {
     "find_op": "op",
     "node": "op",
     "op_names": "op",
+    "Chain": "ops._kron",
+    "Stage": "ops._kron",
     "dense_work": "ops._kron",
     "factored_work": "ops._kron",
     "kron_weight": "ops._kron",
+    "stage_windows": "ops.sekron_conv",
     "Geometry": "ops._packing",
     "canonical": "ops._packing",
     "pack_codes": "ops._packing",

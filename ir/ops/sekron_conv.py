@@ -18,7 +18,7 @@ from mc_opt.ir.ops import _kron_body as bodies
 Window = dict[str, tuple[int, ...]]
 
 
-def windows(
+def stage_windows(
     chain: kron.Chain, strides: tuple[int, ...], dilations: tuple[int, ...], pads: tuple[int, ...]
 ) -> tuple[Window | None, ...]:
     """Strides, dilations and pads of each stage's convolution, factor 1 first; None is the node's own, all of it.
@@ -86,7 +86,7 @@ class SeKronConv(Op):
         return dataclasses.replace(
             bodies.skeleton(chain, bias=node.inputs[1] is not None),
             grouped=node.attributes["group"].as_int() > 1,
-            windows=windows(chain, *self._lists(node)),
+            windows=stage_windows(chain, *self._lists(node)),
             groups=tuple(math.prod(chain.rank(r) for r in s.grouped) for s in reversed(chain.stages())),
         )
 

@@ -129,7 +129,7 @@ def check(
         for size in sizes:
             _compare(proto, run, feeds(proto, size))
     if quiet:
-        assert notes == []
+        assert notes == [], notes
 
 
 def _compare(proto: onnx.ModelProto, run: Run, inputs: Arrays) -> None:

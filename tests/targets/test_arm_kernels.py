@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.targets import _kernels, test_kernels_conv, test_kernels_gemm, test_kernels_rows
+from tests.targets import _kernels, test_kernels_conv, test_kernels_gemm, test_kernels_kron, test_kernels_rows
 
 pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.tvm, pytest.mark.zig]
 
-for _module in (test_kernels_conv, test_kernels_gemm, test_kernels_rows):
+for _module in (test_kernels_conv, test_kernels_gemm, test_kernels_kron, test_kernels_rows):
     globals().update({n: t for n, t in vars(_module).items() if n.startswith("test_") and not n.endswith("_on_avx2")})
 
 

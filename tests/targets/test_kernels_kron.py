@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mc_opt import ir
+from tests.targets._kernels import check, normal
+
+pytestmark = [pytest.mark.tvm, pytest.mark.slow, pytest.mark.ci]
+
+
+def _samples(op):
+    return {s.name: s for s in ir.find_op(op).samples(np.random.default_rng(0)) if s.inputs[0].dtype == np.float32}
+
+
+SAMPLES = {(op, name): sample for op in ("SeKronConv", "KronLinear") for name, sample in _samples(op).items()}
+FEW = [("SeKronConv", "gkpd-bias"), ("SeKronConv", "free"), ("KronLinear", "gkpd-bias"), ("KronLinear", "free")]
+
+
+def _text(key, *, lead=(), factors=(), nodes="", tail="y = Relu(c)"):
+    """The text of a sample and its weights; `lead` replaces the first sizes of x, `factors` and `nodes` its factors."""
+    sample = SAMPLES[key]
+    x, bias, *arrays = sample.inputs
+    names = ["bias" if bias is not None else "", *(factors or (f"f{k}" for k in range(len(arrays))))]
+    attributes = ", ".join(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in sample.attributes.items())
+    shape = (*lead, *x.shape[len(lead) :])
+    out = ",".join(f"d{i}" for i in range(x.ndim))
+    weights = {"bias": bias} if bias is not None else {}
+    if not factors:
+        weights |= {f"f{k}": array for k, array in enumerate(arrays)}
+    head = f"mc_opt.{key[0]}<{attributes}>" if attributes else f"mc_opt.{key[0]}"
+    given = f"float[{','.join(map(str, shape))}] x"
+    made = ", ".join(f"float[{','.join(map(str, a.shape))}] {n}" for n, a in zip(factors, arrays, strict=False))
+    return f"g ({given}) => (float[{out}] y) <{made}> {{ {nodes} c = {head}(x, {', '.join(names)}) {tail} }}", weights
+
+
+@pytest.mark.parametrize("key", SAMPLES, ids="-".join)
+def test_layer_with_fused_activation(key):
+    check(*_text(key))
+
+
+@pytest.mark.parametrize("key", FEW, ids="-".join)
+def test_layer_on_avx2(key):
+    check(*_text(key), cpu="x86-64-v3")
+
+
+@pytest.mark.parametrize("key", FEW, ids="-".join)
+def test_open_batch(key):
+    sizes = [{"b": b} for b in (1, 2, 7, 13)]
+    check(*_text(key, lead=("b",)), sizes=sizes)
+
+
+@pytest.mark.parametrize("name", ["gkpd-bias", "outer-first", "free", "low-rank"])
+def test_open_rows(name):
+    sizes = [{"b": b, "s": s} for b in (1, 3) for s in (1, 7, 16)]
+    check(*_text(("KronLinear", name), lead=("b", "s")), sizes=sizes)
+
+
+def _packed(key):
+    """The Lookups of a sample's factors, in rows of what one output channel of a stage sums over."""
+    rng = np.random.default_rng(3)
+    op, sample = ir.find_op(key[0]), SAMPLES[key]
+    node = ir.node(key[0], sample.inputs, sample.attributes)
+    lines, weights = [], {}
+    for k, factor in enumerate(sample.inputs[2:]):
+        axes = op.row_axes(node, 2 + k)
+        rows = math.prod(factor.shape[a] for a in axes)
+        weights[f"codes{k}"] = ir.pack_codes(rng.integers(0, 16, (rows, factor.size // rows)).astype(np.uint8), 4)
+        weights[f"book{k}"] = normal(16, seed=k)
+        weights[f"scale{k}"] = (rng.random((rows, 1)) + 0.5).astype(np.float32)
+        form = f"bits=4, shape={list(factor.shape)}, axes={list(axes)}, group_size=0"
+        lines.append(f"w{k} = mc_opt.Lookup<{form}>(codes{k}, book{k}, scale{k})")
+    return " ".join(lines), weights
+
+
+@pytest.mark.parametrize("key", [*FEW, ("SeKronConv", "low-rank"), ("KronLinear", "low-rank-row")], ids="-".join)
+def test_packed_factors(key):
+    nodes, weights = _packed(key)
+    factors = [f"w{k}" for k in range(len(SAMPLES[key].inputs) - 2)]
+    text, rest = _text(key, factors=factors, nodes=nodes)
+    check(text, weights | rest)
+
+
+@pytest.mark.parametrize("key", FEW, ids="-".join)
+def test_factors_that_the_model_computes(key):
+    arrays = SAMPLES[key].inputs[2:]
+    factors = [f"w{k}" for k in range(len(arrays))]
+    at = {f"at{k}": np.array([0, a.size - 1]) for k, a in enumerate(arrays)}
+    added = {f"v{k}": normal(2, seed=k) for k in range(len(arrays))}
+    nodes = " ".join(f"w{k} = mc_opt.AddSparse(f{k}, at{k}, v{k})" for k in range(len(arrays)))
+    text, rest = _text(key, factors=factors, nodes=nodes)
+    check(text, at | added | rest | {f"f{k}": a for k, a in enumerate(arrays)})
