@@ -13,17 +13,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tvm
 from tvm import relax
 
 import mc_opt
 from mc_opt import ir
-from mc_opt.targets import _machine, _zig
+from mc_opt.targets import _cuda, _device, _machine, _zig
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims, intrinsics, lower
-from mc_opt.targets.kernels import _schedule
+from mc_opt.targets.kernels import _schedule, _threads
 
 _STEPS = 4
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -86,7 +86,7 @@ def _answer(error: Exception) -> dict[str, Any]:
 def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, reporter: Reporter) -> dict[str, Any]:
     intrinsics.register()
     model = ir.load_model(path, check="structure")
-    target = llvm_target(machine)
+    target = target_of(machine)
     with reporter.step("lower"):
         lowered = lower.lower(model, machine, lambda _done, _total, _what: None)
         inputs, outputs = ([str(v.name) for v in ports] for ports in (model.graph.inputs, model.graph.outputs))
@@ -96,9 +96,11 @@ def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, re
             module = fuse(lowered.module)
             main = next(f for v, f in module.functions.items() if v.name_hint == "main")
             types = [([_extent(d) for d in t.shape], str(t.dtype)) for t in main.ret_ty.fields]
-            module, notes = _schedule.schedule(module, machine)
+            module, notes = schedule(module, machine, target)
         if form == "static":
             _write_static(module, machine, folder, prefix=prefix, names=(inputs, outputs), reporter=reporter)
+        elif machine.kind == "cuda":
+            _write_device(module, target, folder, arch=machine.cpu, code=cast(_cuda.Code, form), reporter=reporter)
         else:
             _write_vm(module, target, folder, reporter)
     return {
@@ -114,6 +116,16 @@ def _extent(d: Any) -> int | str:
     """An extent as the manifest has it: a number, or the text of an open one."""
     size = dims.dim(d)
     return size if isinstance(size, int) else dims.text(size)
+
+
+def target_of(machine: Machine) -> tvm.target.Target:
+    """TVM's target for a machine."""
+    return _device.cuda_target(machine) if machine.kind == "cuda" else llvm_target(machine)
+
+
+def schedule(module: tvm.IRModule, machine: Machine, target: tvm.target.Target) -> tuple[tvm.IRModule, list[str]]:
+    """Schedule every kernel of a fused module, inside the target's scope; returns the notes too."""
+    return _threads.bind(module, target) if machine.kind == "cuda" else _schedule.schedule(module, machine)
 
 
 def llvm_target(machine: Machine) -> tvm.target.Target:
@@ -177,6 +189,23 @@ def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, rep
         work.mkdir()
         executable.export_library(str(folder / "model.so"), fcompile=_linker(), workspace_dir=str(work))
         shutil.rmtree(work)
+
+
+def _write_device(
+    module: tvm.IRModule,
+    target: tvm.target.Target,
+    folder: Path,
+    *,
+    arch: str,
+    code: _cuda.Code,
+    reporter: Reporter,
+) -> None:
+    with reporter.step("compile"):
+        _device.register()
+        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline())
+        device = _device.device_module(executable, {v.name_hint for v in module.functions} - {"main"})
+    with reporter.step("link"):
+        _device.link(executable, device, folder / "model.so", arch=arch, code=code)
 
 
 def _write_static(

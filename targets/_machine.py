@@ -93,6 +93,8 @@ _ARM: dict[str, tuple[Sequence[str], int, int]] = {
 # LLVM gives these to some of the processors above: a licensee may leave the first two out (Raspberry Pi 4 has neither),
 # and kernels are written for vectors of one length.
 UNUSED_ON_ARM = ("-aes", "-sha2", "-sve")
+# The architecture of kernels for a GPU that run on the processor, with loops in the place of threads: for tests.
+HOST = "host"
 # What platform.machine() says where a target's code runs.
 ARCHITECTURES = {"x86": "x86_64", "arm": "aarch64"}
 
@@ -112,7 +114,7 @@ class Machine:
         threads: threads that kernels are split for; 1 leaves every loop serial.
     """
 
-    kind: Literal["x86", "arm"]
+    kind: Literal["x86", "arm", "cuda"]
     cpu: str
     features: tuple[str, ...]
     lanes: int
@@ -133,6 +135,11 @@ def named(cpu: str, *, threads: int = 1) -> Machine:
         features, l1, l2 = _ARM[cpu]
         return Machine("arm", cpu, tuple(sorted(features)), lanes=4, registers=32, l1=l1, l2=l2, threads=threads)
     return _machine(cpu, _LEVELS[cpu], threads)
+
+
+def cuda(arch: str) -> Machine:
+    """A GPU: its threads are scalar, and `l1` is the memory that a block of them shares."""
+    return Machine("cuda", arch, (), lanes=1, registers=1, l1=48 << 10, l2=4 << 20, threads=1)
 
 
 def native(*, threads: int = 1) -> Machine:

@@ -34,7 +34,9 @@ def check_options(*, threads: int, form: str, prefix: str) -> None:
 
 
 def resolved(machine: Machine, *, form: str, prefix: str) -> str:
-    """The target with its processor's name and features spelled out."""
+    """The target with everything spelled out that was found out at build time."""
+    if machine.kind == "cuda":
+        return f"cuda{{arch={machine.cpu} code={form}}}"
     features = ",".join(f"+{f}" for f in machine.features)
     named = "" if form == "vm" else f" prefix={prefix}"
     return f"{machine.kind}{{cpu={machine.cpu} features={features} threads={machine.threads} form={form}{named}}}"
@@ -54,8 +56,8 @@ def compile_model(
     answer = _process.build(model, folder, machine, form=form, prefix=prefix, progress=progress)
     inputs = _inputs(model)
     outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
-    if form == "vm":
-        (folder / "runner.cc").write_text(runner(inputs, outputs), encoding="utf-8")
+    if form != "static":
+        (folder / "runner.cc").write_text(runner(inputs, outputs, gpu=machine.kind == "cuda"), encoding="utf-8")
     files = {p.name: _manifest.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
     manifest = _manifest.Manifest(
         schema_version=_manifest.SCHEMA_VERSION,

@@ -8,16 +8,18 @@ from mc_opt.targets._open import names_of
 _CODES = {"int": "kDLInt", "uint": "kDLUInt", "float": "kDLFloat", "bool": "kDLBool"}
 
 
-def runner(inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> str:
+def runner(inputs: tuple[Port, ...], outputs: tuple[Port, ...], *, gpu: bool = False) -> str:
     """The program for a model with these inputs and outputs."""
     names = names_of([p.shape for p in inputs])
     text = _TEMPLATE
     for fixed, of_any_size in _OPEN if names else ():
         assert fixed in text, fixed
         text = text.replace(fixed, of_any_size)
-    text = text.replace("@INPUTS@", ", ".join(_port(p, names) for p in inputs))
-    text = text.replace("@NAMES@", ", ".join(f'"{name}"' for name in names))
-    return text.replace("@OUTPUTS@", str(len(outputs)))
+    words = {"@INPUTS@": ", ".join(_port(p, names) for p in inputs), "@OUTPUTS@": str(len(outputs))}
+    words["@NAMES@"] = ", ".join(f'"{name}"' for name in names)
+    for key, word in {**words, **(_ON_GPU if gpu else _ON_PROCESSOR)}.items():
+        text = text.replace(key, word)
+    return text
 
 
 def _port(port: Port, names: tuple[str, ...]) -> str:
@@ -27,6 +29,37 @@ def _port(port: Port, names: tuple[str, ...]) -> str:
     return f"{{{{{shape}}}, DLDataType{{{_CODES[kind]}, {bits}, 1}}}}"
 
 
+_ON_PROCESSOR = {
+    "@LIBRARIES@": "",
+    "@HEADERS@": "",
+    "@DEVICES@": "static_cast<int>(kDLCPU), 0, kAllocator",
+    "@PLACED@": "",
+    "@FETCHED@": "",
+    "@COPIES@": "",
+}
+_ON_GPU = {
+    "@LIBRARIES@": "-Wl,--no-as-needed -ltvm_runtime_cuda ",
+    "@HEADERS@": "#include <tvm/runtime/tensor.h>\n",
+    "@DEVICES@": """
+      static_cast<int>(kDLCUDA), 0, kAllocator, static_cast<int>(kDLCPU), 0, kAllocator""",
+    "@PLACED@": "ToGpu",
+    "@FETCHED@": "FromGpu",
+    "@COPIES@": """ffi::Tensor ToGpu(const ffi::Tensor& tensor) {
+  auto result = tvm::runtime::Tensor::Empty(tensor.shape(), tensor.dtype(), DLDevice{kDLCUDA, 0});
+  result.CopyFromBytes(tensor.data_ptr(), ffi::GetDataSize(*tensor.GetDLTensorPtr()));
+  return result;
+}
+
+ffi::Tensor FromGpu(const ffi::Tensor& tensor) {
+  ffi::Tensor result =
+      ffi::Tensor::FromNDAlloc(Allocator(), tensor.shape(), tensor.dtype(), DLDevice{kDLCPU, 0});
+  tvm::runtime::Tensor(tensor).CopyToBytes(result.data_ptr(), ffi::GetDataSize(*tensor.GetDLTensorPtr()));
+  return result;
+}
+
+""",
+}
+
 _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...
 //
 // Inputs and outputs are raw files, in the order of manifest.json; the outputs' types and shapes are printed.
@@ -35,14 +68,14 @@ _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ..
 //   TVM=$(python -c 'import importlib.util as u; print(u.find_spec("tvm").submodule_search_locations[0])')
 //   FFI=$(python -c 'import importlib.util as u; print(u.find_spec("tvm_ffi").submodule_search_locations[0])')
 //   g++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
-//       -L$TVM/lib -L$FFI/lib -ltvm_runtime -ltvm_ffi -Wl,-rpath,$TVM/lib:$FFI/lib
+//       -L$TVM/lib -L$FFI/lib @LIBRARIES@-ltvm_runtime -ltvm_ffi -Wl,-rpath,$TVM/lib:$FFI/lib
 //   ./runner model.so input.bin output.bin
 
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
-
+@HEADERS@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -81,7 +114,7 @@ ffi::Tensor Read(const Port& port, const std::string& path) {
   return tensor;
 }
 
-void Write(const ffi::Tensor& tensor, const std::string& path) {
+@COPIES@void Write(const ffi::Tensor& tensor, const std::string& path) {
   std::ofstream file(path, std::ios::binary);
   file.write(static_cast<const char*>(tensor.data_ptr()), ffi::GetDataSize(*tensor.GetDLTensorPtr()));
   if (!file.flush()) throw std::runtime_error(path + ": cannot be written");
@@ -98,17 +131,17 @@ void Run(const std::vector<std::string>& paths) {
   std::string file = paths[0].find('/') == std::string::npos ? "./" + paths[0] : paths[0];
   ffi::Module library = ffi::Module::LoadFromFile(file);
   ffi::Module machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-  const int kPooledAllocator = 2;
-  machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, kPooledAllocator);
+  const int kAllocator = 2;  // pooled
+  machine->GetFunction("vm_initialization").value()(@DEVICES@);
   std::vector<ffi::AnyView> arguments;
   std::vector<ffi::Tensor> inputs;
-  for (size_t k = 0; k < kInputs.size(); ++k) inputs.push_back(Read(kInputs[k], paths[1 + k]));
+  for (size_t k = 0; k < kInputs.size(); ++k) inputs.push_back(@PLACED@(Read(kInputs[k], paths[1 + k])));
   for (const ffi::Tensor& tensor : inputs) arguments.push_back(tensor);
   ffi::Any result;
   machine->GetFunction("main").value().CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
   ffi::Array<ffi::Tensor> outputs = result.cast<ffi::Array<ffi::Tensor>>();
   for (size_t k = 0; k < kOutputs; ++k) {
-    Write(outputs[k], paths[1 + kInputs.size() + k]);
+    Write(@FETCHED@(outputs[k]), paths[1 + kInputs.size() + k]);
     Print(outputs[k]);
   }
 }
@@ -175,7 +208,6 @@ _OPEN = (
         "  }\n"
         "  if (paths.size()",
     ),
-    ("  const int kPooledAllocator = 2;\n", "  const int kNaiveAllocator = 1;\n"),
-    ("0, kPooledAllocator)", "0, kNaiveAllocator)"),
+    ("  const int kAllocator = 2;  // pooled\n", "  const int kAllocator = 1;  // naive\n"),
     ("usage: %s model.so (%zu", "usage: %s model.so name=size ... (%zu"),
 )

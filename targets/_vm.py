@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mc_opt.ir import DataError, IRError
-from mc_opt.targets import _installed, _machine, _manifest
+from mc_opt.targets import _gpu, _installed, _machine, _manifest
 from mc_opt.targets._manifest import Manifest, Port
 from mc_opt.targets._open import names_of
 
@@ -32,13 +32,14 @@ class Artefact:
         if manifest.threads > 1:
             self._tvm.get_global_func("runtime.config_threadpool")(1, manifest.threads)
         try:
+            self._device = _gpu.device(self._tvm, manifest) if manifest.kind == "cuda" else self._tvm.cpu()
             library = self._open(folder / "model.so")
         except Exception as error:
             line = str(error).strip().splitlines()[-1]
             raise IRError(f"{folder / 'model.so'}: cannot be loaded: {line}; build the artefact again") from error
         # TVM's pool keeps a buffer of every size that ever was: with open dimensions it would grow with each new one.
         memory = "naive" if names_of([p.shape for p in manifest.inputs]) else "pooled"
-        self._main = relax.VirtualMachine(library, self._tvm.cpu(), memory)["main"]
+        self._main = relax.VirtualMachine(library, self._device, memory)["main"]
 
     def _open(self, path: Path) -> Any:
         """The library at `path` as it is now: the loader knows libraries by name, and would give an earlier build."""
@@ -64,7 +65,7 @@ class Artefact:
             DataError: an input is missing, unknown, or has another shape or type.
         """
         arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
-        tensors = [self._tvm.runtime.tensor(a) for a in arrays]
+        tensors = [self._tvm.runtime.tensor(a, self._device) for a in arrays]
         with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
             results = [r.numpy() for r in self._main(*tensors)]
         return {port.name: array for port, array in zip(self.manifest.outputs, results, strict=True)}
@@ -173,6 +174,8 @@ _EVERYWHERE = {"x86": "x86{cpu=x86-64-v3}", "arm": "arm{cpu=cortex-a53}"}
 
 def unfit(manifest: Manifest) -> str | None:
     """Why this machine cannot run an artefact; None when it can."""
+    if manifest.kind == "cuda":
+        return _gpu.unfit(manifest)
     architecture = _machine.ARCHITECTURES.get(manifest.kind)
     if architecture is None:
         return f"built for {manifest.kind}, which has no loader here"

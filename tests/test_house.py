@@ -30,7 +30,14 @@ TABLES: frozenset[str] = frozenset()
 # Package -> where it may be imported at module level, and where inside functions too.
 OWNERS = {
     "tvm": (
-        ("targets/_relax/", "targets/kernels/", "targets/_build.py", "targets/_vm.py", "targets/_c.py"),
+        (
+            "targets/_relax/",
+            "targets/kernels/",
+            "targets/_build.py",
+            "targets/_device.py",
+            "targets/_vm.py",
+            "targets/_c.py",
+        ),
         ("targets/",),
     ),
     "torch": (
@@ -42,6 +49,8 @@ OWNERS = {
 # What writes or renames files, and where it stands. Everything else writes through ir/io/atomic.py.
 WRITERS = {
     "ir/io/atomic.py": "the one place",
+    "targets/_cuda.py": "writes what nvcc reads into a temporary folder",
+    "targets/_device.py": "writes into a folder that atomic staged",
     "ir/io/save.py": "streams weights into a folder that atomic staged",
     "targets/_native.py": "writes into a folder that atomic staged",
 }

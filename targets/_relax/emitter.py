@@ -23,6 +23,7 @@ from mc_opt.ir import IRError
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims, folding
 from mc_opt.targets._relax.dims import Dim, Shape
+from mc_opt.targets._relax.moves import Moves
 
 Layout = Literal["plain", "nhwc"]
 Handler = Callable[["Emitter", onnx_ir.Node], None]
@@ -91,6 +92,7 @@ class Emitter:
         self.kernels: list[str] = []
         self.fallbacks: list[str] = []
         self.names: dict[str, tirx.Var] = {}  # the open dimensions of the inputs
+        self.moves = Moves()
         self.limits: dict[str, int] = {}  # the largest sizes that the model takes
         self._held: dict[onnx_ir.Value, _Held] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
@@ -198,6 +200,10 @@ class Emitter:
     def te(self, fn: Callable[..., Any], *args: relax.Expr, name: str) -> relax.Var:
         """Emit the kernel that the tensor expression `fn(*args)` describes."""
         return self.kernel(fn, *args, name=name)
+
+    def moved(self, fn: Callable[..., Any], *args: relax.Expr, name: str) -> relax.Var:
+        """Emit a kernel that pads, transposes or decodes: each element from a few of its inputs'."""
+        return self.moves.add(self.te(fn, *args, name=name), fn, args)
 
     def tuple_te(self, fn: Callable[..., Sequence[Any]], *args: relax.Expr, name: str) -> list[relax.Var]:
         """Emit one kernel with several outputs."""
@@ -315,7 +321,7 @@ class Emitter:
         moved = [axis for axis in perm if not dims.same(shape[axis], 1)]
         if moved == sorted(moved):  # only axes of length 1 move: the bytes stay where they are
             return self.reshape(expr, [shape[axis] for axis in perm])
-        return self.te(functools.partial(transposed, perm=perm), expr, name="transpose")
+        return self.moved(functools.partial(transposed, perm=perm), expr, name="transpose")
 
     def reshape(self, expr: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
         """The same elements under another shape."""
@@ -323,7 +329,7 @@ class Emitter:
         if dims.same_shape(old, shape):
             return expr
         assert dims.same(dims.product(old), dims.product(shape)), (old, shape)
-        return self.te(functools.partial(reshaped, shape=shape), expr, name="reshape")
+        return self.moved(functools.partial(reshaped, shape=shape), expr, name="reshape")
 
     def _small(self, value: onnx_ir.Value) -> np.ndarray | None:
         """A constant, or what the dialect's ops make of constants (the scales of a second-level Lookup)."""

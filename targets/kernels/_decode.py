@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.ir import canonical, restore, unpack_codes
@@ -205,11 +205,39 @@ def tiled(e: Emitter, weight: LookupWeight, pack: Pack) -> relax.Expr | None:
     if tiles is None:
         return None
     arrays = [a for a in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if a is not None]
+    if e.machine.kind == "cuda":
+        e.note_kernel(f"decode in its consumer: {tiles.bits} bits, {'x'.join(map(str, weight.shape))}")
+        return e.moved(functools.partial(_dense, tiles), *[e.weight(a) for a in arrays], name="decode")
     arguments = [(a.shape, str(a.dtype)) for a in arrays]
     body = functools.partial(_decode_body, tiles, e.machine)
     function = _loops.kernel([*arguments, (tiles.shape, "float32")], body)
     e.note_kernel(f"decode: {tiles.bits} bits, {'x'.join(map(str, weight.shape))}")
     return e.call(function, [e.weight(a) for a in arrays], [(tiles.shape, "float32")], name="decode")[0]
+
+
+def _dense(tiles: Tiles, words: te.Tensor, codebook: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+    """The weight [t, *inner, c], each element an expression of its own; lanes are 1."""
+    extra = list(rest)
+    scale = extra.pop(0) if tiles.scale is not None else None
+    offset = extra.pop(0) if tiles.offset is not None else None
+    group = extra.pop(0) if tiles.group is not None else None
+    groups = 1 if tiles.group is None else int(tiles.group.max()) + 1
+
+    def element(t: Expr, *i: Expr) -> Expr:
+        *inner, c = i
+        k: Expr = tirx.const(0, "int32")
+        for position, extent in zip(inner, tiles.shape[1:-1], strict=True):
+            k = k * extent + position
+        g = tirx.const(0, "int32") if group is None else group(k)
+        code = (words(t, c, k // tiles.per, 0) >> (k % tiles.per * tiles.bits)) & tirx.const((1 << tiles.bits) - 1)
+        if tiles.entries:
+            code = ((t * tiles.shape[-1] + c) * groups + g) * tiles.entries + code
+        value = codebook(code)
+        if scale is not None:
+            value = value * scale(t, g, c)
+        return value if offset is None else value + offset(t, g, c)
+
+    return te.compute(tiles.shape, element, name="decode")
 
 
 def _decode_body(tiles: Tiles, machine: Machine, words: Buffer, codebook: Buffer, *rest: Buffer) -> None:

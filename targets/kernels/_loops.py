@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from mc_opt.targets import _machine
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
@@ -37,9 +39,14 @@ def inside(shape: Sequence[Dim]) -> tuple[Dim, ...]:
     return tuple(d if isinstance(d, int) else tirx.Var(f"n{k}", "int64") for k, d in enumerate(shape))
 
 
-def registers(count: int, lanes: int, dtype: str = "float32") -> Buffer:
-    """Room for `count` vectors; addressed with constants only, it becomes registers."""
-    return T.sblock_alloc_buffer((count * lanes,), dtype)
+def registers(count: int, lanes: int, dtype: str = "float32", *, scope: str = "global") -> Buffer:
+    """Room for `count` vectors; addressed with constants only, it becomes registers (of a thread: scope `local`)."""
+    return T.sblock_alloc_buffer((count * lanes,), dtype, scope=scope)
+
+
+def own_scope(machine: Machine) -> str:
+    """The scope of the registers of one turn of `each`: on a GPU, of one thread."""
+    return "local" if machine.kind == "cuda" else "global"
 
 
 def load(buffer: Buffer, *index: Expr, lanes: int) -> Expr:
@@ -77,10 +84,28 @@ def split(length: int, lanes: int) -> list[tuple[int, int, int]]:
 
 
 def each(length: Dim, machine: Machine, *, work: Dim = 0) -> Any:
-    """A loop over [0, length), split among threads when `work` operations are worth it."""
+    """A loop over [0, length), split among threads when `work` operations are worth it; on a GPU, a thread each."""
+    if machine.kind == "cuda" and machine.cpu != _machine.HOST:
+        return _a_thread_each(length)
     if machine.threads > 1 and dims.nominal(work) >= 1 << 20 and dims.nominal(length) > 1:
         return T.parallel(0, length)
     return T.serial(0, length)
+
+
+@contextmanager
+def _a_thread_each(length: Dim) -> Iterator[Expr]:
+    threads = min(length, 64) if isinstance(length, int) else 64
+    blocks = dims.tiles(length, threads)
+    with (
+        T.thread_binding(0, blocks, thread="blockIdx.x") as block,
+        T.thread_binding(0, threads, thread="threadIdx.x") as k,
+    ):
+        number = block * threads + k
+        if dims.factor(length) % threads == 0:
+            yield number
+            return
+        with T.If(number < length), T.Then():
+            yield number
 
 
 def reduce_row(

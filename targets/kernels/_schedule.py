@@ -69,7 +69,7 @@ def schedule(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list
         try:
             scheduled, note = _scheduled(function, machine)
         except Exception as error:  # a plain loop nest is correct too
-            scheduled, note = function, f"no schedule: {_first_line(error)}"
+            scheduled, note = function, f"no schedule: {first_line(error)}"
         result[variable] = scheduled.with_attr("global_symbol", variable.name_hint) if _named(function) else scheduled
         if note:
             notes.append(f"{variable.name_hint}: {note}")
@@ -95,7 +95,7 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
                 _register_tile(state, block, machine, fused=fused)
             _general(state, machine)
         except Exception as error:  # the schedule's own refusals have no common type
-            problem = problem or _first_line(error)
+            problem = problem or first_line(error)
             continue
         note = "" if fused else f"consumers run apart from the tile: {problem}"
         return state.mod["main"], note
@@ -105,7 +105,8 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
     return state.mod["main"], f"no register tile: {problem}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of TVM's says, in one short line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     found = next((line for line in lines if "rror" in line and "Traceback" not in line), lines[-1] if lines else "")
     return found[:160] or type(error).__name__

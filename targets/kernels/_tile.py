@@ -42,6 +42,8 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     product in fused multiply-adds: two of each a cycle, a latency of four cycles, and weights that come
     from the second-level cache.
     """
+    if machine.kind == "cuda":
+        return Tile(1, 1, 1, 1)  # its schedules tile what threads share (_threads.py)
     vector = vector_width(columns, machine)
     limit = machine.registers - 4
     vectors = math.ceil(columns / vector)

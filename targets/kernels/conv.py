@@ -84,7 +84,7 @@ def constant_weight(
 def computed_weight(e: Emitter, weight: relax.Expr) -> Weight:
     """A weight [o, c / groups, *kernel] that the model computes, packed at run time."""
     shape = tuple(int(s) for s in weight.ty.shape)
-    return Weight(shape, lambda columns: e.te(functools.partial(_pack_te, columns=columns), weight, name="pack"))
+    return Weight(shape, lambda columns: e.moved(functools.partial(_pack_te, columns=columns), weight, name="pack"))
 
 
 def window(e: Emitter, node: onnx_ir.Node, kernel: Sequence[int], size: Sequence[int]) -> Window:
@@ -141,7 +141,7 @@ def padded(
 
         return te.compute((shape[0], *size, channels), element, name="pad")
 
-    return e.te(pad, x, name="pad")
+    return e.moved(pad, x, name="pad")
 
 
 def tile_of(positions: Sequence[int], columns: int, e: Emitter) -> Tile:
@@ -216,8 +216,14 @@ def cut(total: te.Tensor, shape: Sequence[int], *bias: te.Tensor) -> te.Tensor:
     return te.compute(tuple(shape), lambda *i: total(*i), name="mc_cut")
 
 
-def fusable(e: Emitter, fn: Any, *args: relax.Expr, name: str) -> relax.Var:
-    """Emit a kernel whose element-wise consumers run on its register tile."""
+def fusable(e: Emitter, fn: Any, *sources: relax.Expr, name: str) -> relax.Var:
+    """Emit a kernel whose element-wise consumers run on its register tile.
+
+    A GPU's threads hide the latency of odd addresses: its kernel moves what it reads itself, for example into padding.
+    """
+    args = list(sources)
+    if e.machine.kind == "cuda":
+        fn, args = e.moves.joined(fn, args)
     return e.kernel(fn, *args, name=name, attributes=FUSABLE)
 
 
@@ -235,7 +241,7 @@ def _depthwise(
     o = weight.shape[0]
     vector = _tile.vector_width(o, e.machine)
     channels = -(-o // vector) * vector
-    wide = min(positions[-1], 8 if e.machine.registers > 16 else 4)
+    wide = min(positions[-1], 8 if e.machine.registers > 16 else min(4, e.machine.registers))
     wide = min(range(1, wide + 1), key=lambda v: (-(-positions[-1] // v) * (v + 2), v))
     tile = Tile(1, wide, vector, vector)
     rounded = whole_tiles(positions, tile)

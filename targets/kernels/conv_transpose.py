@@ -149,7 +149,7 @@ def _by_zeros(
 
     ones = (1,) * len(g.kernel)
     geometry = Window(g.kernel, ones, g.dilations, ((0, 0),) * len(g.kernel))
-    source = e.te(separated, x, name="pad")
+    source = e.moved(separated, x, name="pad")
     return convolution(e, source, made, bias, window=geometry, groups=groups, name="conv_transpose")
 
 
@@ -171,7 +171,7 @@ def _computed(e: Emitter, weight: onnx_ir.Value, shape: Sequence[int], per_group
 
         return te.compute(tuple(shape), element, name="flip")
 
-    return computed_weight(e, e.te(flip, e.plain(weight), name="flip"))
+    return computed_weight(e, e.moved(flip, e.plain(weight), name="flip"))
 
 
 HANDLERS: dict[str, Handler] = {"ConvTranspose": conv_transpose}

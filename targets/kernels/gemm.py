@@ -96,7 +96,7 @@ def _rows(e: Emitter, a: relax.Expr, rows: int) -> relax.Expr:
 
         return te.compute((*lead, rows, k), element, name="rows")
 
-    return e.te(fill, a, name="rows")
+    return e.moved(fill, a, name="rows")
 
 
 def pack_dynamic(e: Emitter, b: relax.Expr, columns: int, *, transposed: bool = False) -> relax.Expr:
@@ -117,13 +117,13 @@ def pack_dynamic(e: Emitter, b: relax.Expr, columns: int, *, transposed: bool = 
 
         return te.compute((*lead, tiles, k, columns), element, name="pack")
 
-    return e.te(pack, b, name="pack")
+    return e.moved(pack, b, name="pack")
 
 
 def _flip(e: Emitter, a: relax.Expr) -> relax.Expr:
     """Exchanges the last two axes of a."""
     *lead, m, k = dims.sizes(a)
-    return e.te(
+    return e.moved(
         lambda x: te.compute((*lead, k, m), lambda *i: x(*i[:-2], i[-1], i[-2]), name="transpose"), a, name="transpose"
     )
 

@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler, LookupWeight
-from mc_opt.targets.kernels import _loops
+from mc_opt.targets.kernels import _loops, _outliers
 from mc_opt.targets.kernels._loops import Buffer
 
 
@@ -24,7 +24,7 @@ def decode(e: Emitter, weight: LookupWeight) -> relax.Expr:
     arrays, value = _decoder(weight)
     arguments = [e.weight(a) for a in arrays]
     e.note_kernel(f"decode: {weight.bits} bits, {'x'.join(map(str, weight.shape))}")
-    return e.te(
+    return e.moved(
         lambda *buffers: te.compute(weight.shape, lambda *i: value(buffers, i), name="decode"),
         *arguments,
         name="decode",
@@ -120,6 +120,11 @@ def add_sparse(e: Emitter, node: onnx_ir.Node) -> None:
     size, count = math.prod(shape), math.prod(e.shape(indices))
 
     def make() -> relax.Expr:
+        where = e.constant(indices)
+        if e.machine.kind == "cuda" and where is not None:
+            tables = [e.weight(table) for table in _outliers.outlier_table(where, size)]
+            flat = [e.reshape(e.plain(weight), (size,)), e.reshape(e.plain(values), (count,))]
+            return e.reshape(e.te(_outliers.added, *flat, *tables, name="add_sparse"), shape)
         kind = str(e.plain(indices).ty.dtype)
         function = _loops.kernel(
             [((size,), dtype), ((count,), kind), ((count,), dtype), ((size,), dtype)], _add_body(size, count)
@@ -150,6 +155,8 @@ def sparse(e: Emitter, node: onnx_ir.Node) -> None:
     dtype = e.dtype(values)
 
     def make() -> relax.Expr:
+        if e.machine.kind == "cuda":
+            return e.reshape(_spread_in_threads(e, node, size), shape)
         function = _loops.kernel(
             [((held,), "uint8"), ((count,), dtype), ((size,), dtype)], _spread_body(size, count, dtype)
         )
@@ -157,6 +164,16 @@ def sparse(e: Emitter, node: onnx_ir.Node) -> None:
         return e.reshape(y[0], shape)
 
     e.set_lazy(node.outputs[0], shape, make)
+
+
+def _spread_in_threads(e: Emitter, node: onnx_ir.Node, size: int) -> relax.Expr:
+    bitmap, values = node.inputs[0], node.inputs[1]
+    array = e.constant(bitmap)
+    if array is None or bitmap is None or values is None:
+        raise TargetError(f"Sparse {node.name!r}: its bitmap is computed by the model; run fold-constants first")
+    flat = e.reshape(e.plain(values), (math.prod(e.shape(values)),))
+    before = e.weight(_outliers.ones_before(array.reshape(-1)))
+    return e.moved(functools.partial(_outliers.spread, size=size), e.plain(bitmap), before, flat, name="sparse")
 
 
 def _spread_body(size: int, count: int, dtype: str) -> Callable[..., None]:

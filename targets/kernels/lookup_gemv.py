@@ -30,7 +30,7 @@ def product(
 ) -> relax.Expr | None:
     """a: [.., m, k], weight: a Lookup of shape [k, n] (or [n, k]) -> [.., m, n]; None when no such kernel fits."""
     lookup = e.lookup(weight)
-    if lookup is None or str(a.ty.dtype) != "float32":
+    if lookup is None or str(a.ty.dtype) != "float32" or e.machine.kind == "cuda":
         return None
     shape = [int(s) for s in a.ty.shape]
     n = lookup.shape[0 if transposed else 1]

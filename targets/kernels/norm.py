@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir
@@ -18,7 +19,7 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _loops
+from mc_opt.targets.kernels import _loops, _staged
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 
@@ -57,11 +58,32 @@ def _emit(e: Emitter, x: relax.Expr, scale: relax.Expr | None, bias: relax.Expr 
         if given is not None:
             inputs.append(e.reshape(given, (size,)))
             arguments.append(((size,), dtype))
+    if e.machine.kind == "cuda":
+        return _emit_staged(e, inputs, rows)
     results, outputs = (
         [((r.count, rows.length), dtype), *([((r.count,), dtype)] * 2 if rows.statistics else [])] for r in (own, rows)
     )
     body = functools.partial(_body, own, dtype, e.machine)
     return e.call(_loops.kernel([*arguments, *results], body), inputs, outputs, name="norm")
+
+
+def _emit_staged(e: Emitter, inputs: Sequence[relax.Expr], rows: _Rows) -> list[relax.Var]:
+    what = _staged.Norm(
+        epsilon=rows.epsilon,
+        centred=rows.centred,
+        scale=rows.scale > 0,
+        bias=rows.bias > 0,
+        statistics=rows.statistics,
+        period=rows.period,
+        block=rows.block,
+    )
+
+    def fn(x: te.Tensor, *parameters: te.Tensor) -> list[te.Tensor]:
+        return _staged.norm(x, parameters, what)
+
+    if rows.statistics:
+        return e.tuple_te(fn, *inputs, name="norm")
+    return [e.te(lambda *tensors: fn(*tensors)[0], *inputs, name="norm")]
 
 
 def _body(rows: _Rows, dtype: str, machine: Machine, x: Buffer, *rest: Buffer) -> None:

@@ -10,7 +10,7 @@ units in registers. A direction's states are a sequence [steps + 1, batch, hidde
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ import onnx_ir
 from tvm import relax, te, tirx
 
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _cells, _loops, _weights
+from mc_opt.targets.kernels import _cells, _cells_shared, _loops, _tile, _weights
 from mc_opt.targets.kernels._tile import Tile
 from mc_opt.targets.kernels.gemm import product
 
@@ -109,21 +110,19 @@ def _direction(
 ) -> list[relax.Expr]:
     """Run one direction; returns its states [steps + 1, batch, width], and an LSTM's last cell [batch, width]."""
     rows, columns = cell.steps * cell.batch, cell.width * cell.gates
-    limit = max(1, (e.machine.registers - 4) // cell.gates)
-    wide = min(range(1, min(rows, limit) + 1), key=lambda v: (-(-rows // v) * (v + 2), -v))
-    tile = Tile(1, wide, cell.gates * cell.lanes, cell.lanes)
+    tile, of_state = _tiles(cell, rows, e.machine)
     source = e.reshape(e.plain(x), (rows, e.shape(x)[2]))
     added, separate = _biases(cell, bias)
     inputs = product(
         e,
         source,
-        _packed(e, cell, w),
+        _packed(e, cell, w, tile.columns),
         None if added is None else e.weight(added),
         tile=tile,
         columns=columns,
         name="gates",
     )
-    arguments = [inputs, _packed(e, cell, r), _initial(e, cell, initial_h)]
+    arguments = [inputs, _packed(e, cell, r, of_state), _initial(e, cell, initial_h)]
     if cell.kind == "LSTM":
         arguments.append(_initial(e, cell, initial_c))
     if cell.kind == "GRU" and cell.linear:
@@ -132,40 +131,59 @@ def _direction(
     outputs: list[_loops.Argument] = [((cell.steps + 1, *state), "float32")]
     if cell.kind == "LSTM":
         outputs.append((state, "float32"))
-    if cell.kind == "GRU" and not cell.linear:
+    if cell.kind == "GRU" and not cell.linear and e.machine.kind != "cuda":
         outputs += [(state, "float32")] * 2
     shapes: list[_loops.Argument] = [(tuple(int(s) for s in a.ty.shape), "float32") for a in arguments]
-    body = {"LSTM": _cells.lstm, "GRU": _cells.gru, "RNN": _cells.rnn}[cell.kind]
-    function = _loops.kernel([*shapes, *outputs], functools.partial(body, cell))
+    function = _loops.kernel([*shapes, *outputs], _body(cell, e.machine))
     return list(e.call(function, arguments, outputs, name=cell.kind.lower()))
 
 
-def _packed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value) -> relax.Expr:
-    packed = _weights.packed(e, weight, functools.partial(_pack, cell))
-    return _pack_computed(e, cell, weight) if packed is None else packed
+def _tiles(cell: _cells.Cell, rows: int, machine: Machine) -> tuple[Tile, int]:
+    """The tile of the product with W, and the columns of R's."""
+    if machine.kind == "cuda":  # neighbouring threads have neighbouring columns of R
+        return _tile.choose(1, rows, cell.width * cell.gates, machine), cell.width * cell.gates
+    limit = max(1, (machine.registers - 4) // cell.gates)
+    wide = min(range(1, min(rows, limit) + 1), key=lambda v: (-(-rows // v) * (v + 2), -v))
+    tile = Tile(1, wide, cell.gates * cell.lanes, cell.lanes)
+    return tile, tile.columns
 
 
-def _pack_computed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value) -> relax.Expr:
+def _body(cell: _cells.Cell, machine: Machine) -> Callable[..., None]:
+    if machine.kind == "cuda":
+        in_threads = {"LSTM": _cells_shared.lstm, "GRU": _cells_shared.gru, "RNN": _cells_shared.rnn}
+        return functools.partial(in_threads[cell.kind], cell, machine)
+    return functools.partial({"LSTM": _cells.lstm, "GRU": _cells.gru, "RNN": _cells.rnn}[cell.kind], cell)
+
+
+def _packed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value, columns: int) -> relax.Expr:
+    packed = _weights.packed(e, weight, functools.partial(_pack, cell, columns=columns))
+    return _pack_computed(e, cell, weight, columns) if packed is None else packed
+
+
+def _pack_computed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value, columns: int) -> relax.Expr:
     """What `_pack` makes, of a weight that kernels make first, such as the sum of two Lookups."""
+    block = cell.gates * cell.lanes
 
     def fill(a: te.Tensor) -> te.Tensor:
         def element(tile: Any, k: Any, column: Any) -> Any:
-            unit = tile * cell.lanes + column % cell.lanes
-            value = a(cell.direction, column // cell.lanes * cell.hidden + unit, k)
+            row = tile * columns + column
+            unit = row // block * cell.lanes + row % cell.lanes
+            value = a(cell.direction, row % block // cell.lanes * cell.hidden + unit, k)
             if cell.width == cell.hidden:
                 return value
             return tirx.if_then_else(unit < cell.hidden, value, tirx.const(0, a.dtype))
 
-        return te.compute((cell.tiles, a.shape[2], cell.gates * cell.lanes), element, name="pack")
+        return te.compute((cell.width * cell.gates // columns, a.shape[2], columns), element, name="pack")
 
-    return e.te(fill, e.plain(weight), name="pack")
+    return e.moved(fill, e.plain(weight), name="pack")
 
 
-def _pack(cell: _cells.Cell, weight: np.ndarray) -> np.ndarray:
-    """weight: [directions, gates · hidden, k] -> [tiles, k, gates · lanes]."""
+def _pack(cell: _cells.Cell, weight: np.ndarray, *, columns: int) -> np.ndarray:
+    """weight: [directions, gates · hidden, k] -> [n / columns, k, columns], the n rows ordered [tile, gate, lane]."""
     matrix = weight[cell.direction].reshape(cell.gates, cell.hidden, -1)
     full = _weights.pad_to(matrix, 1, cell.lanes).reshape(cell.gates, cell.tiles, cell.lanes, -1)
-    return np.ascontiguousarray(full.transpose(1, 3, 0, 2).reshape(cell.tiles, -1, cell.gates * cell.lanes))
+    rows = full.transpose(1, 0, 2, 3).reshape(-1, columns, full.shape[-1])
+    return np.ascontiguousarray(rows.transpose(0, 2, 1))
 
 
 def _biases(cell: _cells.Cell, bias: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray]:

@@ -17,7 +17,7 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _loops, _math
+from mc_opt.targets.kernels import _loops, _math, _staged
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 _LOWEST = {"float16": -65504.0, "float32": -3.4028234663852886e38, "float64": -1.7976931348623157e308}
@@ -45,6 +45,9 @@ def along(e: Emitter, x: relax.Expr, axis: int, *, log: bool = False) -> relax.E
     outer, length, inner = dims.product(shape[:axis]), shape[axis], dims.product(shape[axis + 1 :])
     if 0 in shape:
         return x
+    if e.machine.kind == "cuda":
+        y = e.te(functools.partial(_staged.softmax, log=log), e.reshape(x, (outer, length, inner)), name="softmax")
+        return e.reshape(y, shape)
     is_last = dims.same(inner, 1)
     flat = (outer, length) if is_last else (outer, length, inner)
     own = _loops.inside(flat)

@@ -55,7 +55,7 @@ def _insert(
         return a > b if largest else a < b
 
     with _loops.each(outer, machine, work=8 * outer * length * inner) as o, T.serial(0, inner) as i:
-        place = _loops.registers(1, 1, "int32")
+        place = _loops.registers(1, 1, "int32", scope=_loops.own_scope(machine))
         with T.serial(0, length) as n:
             T.buffer_store(place, tirx.min(n, tirx.const(count, "int32")), [0])
             before = tirx.max(place[0] - 1, tirx.const(0, "int32"))

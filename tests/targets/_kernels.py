@@ -34,7 +34,9 @@ CPU = "native"
 
 @functools.cache
 def machine(cpu: str = "native") -> Machine:
-    """This processor, or one by its name."""
+    """This processor, or one by its name; `cuda` stands for a GPU's kernels with loops in the place of threads."""
+    if cpu == "cuda":
+        return _machine.cuda(_machine.HOST)
     return _machine.native() if cpu == "native" else _machine.named(cpu)
 
 
@@ -62,8 +64,9 @@ def compiled(proto: onnx.ModelProto, target: Machine) -> tuple[tvm.relax.VMExecu
     _register()
     held = onnx_ir.from_proto(proto)
     lowered = lower.lower(held, target, lambda *_: None)
-    with llvm_target(target) as llvm:
-        module, notes = _schedule.schedule(fuse(lowered.module), target)
+    processor = machine() if target.kind == "cuda" else target
+    with llvm_target(processor) as llvm:
+        module, notes = _schedule.schedule(fuse(lowered.module), processor)
         executable = tvm.compile(module, target=llvm, relax_pipeline=_pipeline(), tir_pipeline=intrinsics.PIPELINE)
     return executable, module, [*lowered.fallbacks, *notes]
 
@@ -71,7 +74,7 @@ def compiled(proto: onnx.ModelProto, target: Machine) -> tuple[tvm.relax.VMExecu
 @contextmanager
 def running(proto: onnx.ModelProto, target: Machine) -> Iterator[tuple[Run, list[str]]]:
     """The model as a function, and the notes of its schedules; ARM code runs under qemu."""
-    if target.kind == "x86":
+    if target.kind != "arm":
         loaded, _, notes = build(proto, target)
         yield lambda arrays: [t.numpy() for t in loaded["main"](*map(tvm.runtime.tensor, arrays))], notes
         return

@@ -1,0 +1,91 @@
+"""Schedules for a GPU: every block of every kernel runs in threads, by the first of TVM's rules that takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.s_tir import dlight
+
+from mc_opt.targets.kernels._schedule import SCHEDULED, first_line
+
+_RULES = (
+    dlight.gpu.Matmul,
+    dlight.gpu.GEMV,
+    dlight.gpu.LowBatchGEMV,
+    dlight.gpu.Reduction,
+    dlight.gpu.GeneralReduction,
+    dlight.gpu.RMSNorm,
+    dlight.gpu.Transpose,
+    dlight.gpu.Fallback,
+)
+
+
+def bind(module: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule, list[str]]:
+    """Schedule every PrimFunc of a module; returns the module and a note for each that runs in one thread only."""
+    notes = []
+    result = tvm.IRModule(dict(module.functions), attrs=module.attrs)
+    for variable, function in sorted(module.functions.items(), key=lambda kv: str(kv[0].name_hint)):
+        if not isinstance(function, tirx.PrimFunc):
+            continue
+        if function.attrs and SCHEDULED in function.attrs:
+            bound = function
+            if _is_unbound(function.body):
+                bound = function.with_body(_one_thread(function.body))
+                notes.append(f"{variable.name_hint}: runs in one thread; each element depends on the one before")
+        else:
+            bound = _scheduled(function, target, variable.name_hint)
+        assert not _is_unbound(bound.body), f"{variable.name_hint}: a part of the kernel runs in no thread"
+        result[variable] = bound.with_attr("tirx.is_scheduled", True)
+    return result, notes
+
+
+def _scheduled(function: Any, target: tvm.target.Target, name: str) -> Any:
+    """The kernel by the first rule whose schedule can be compiled; some rules take more than they can finish."""
+    problems = []
+    for rule in _RULES:
+        try:
+            made = rule().apply(function, target, False)
+            if made is None:
+                continue
+            scheduled = (made if isinstance(made, s_tir.Schedule) else made[0]).mod["main"]
+            _lower(scheduled, target)
+        except Exception as error:  # the rules' own refusals have no common type
+            problems.append(f"{rule.__name__}: {first_line(error)}")
+            continue
+        if not _is_unbound(scheduled.body):
+            return scheduled
+    raise RuntimeError(f"{name}: no rule puts the kernel into threads: {'; '.join(problems) or 'none takes it'}")
+
+
+def _lower(function: Any, target: tvm.target.Target) -> None:
+    """Run all passes up to the split of host and device; raises what they find wrong."""
+    module = tirx.transform.BindTarget(target)(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}))
+    s_tir.pipeline.default_s_tir_pipeline()[0](module)
+
+
+def _is_unbound(statement: Any) -> bool:
+    """Whether anything that a statement does runs outside of threads: on a GPU's memory, but on the processor."""
+    match type(statement).__name__:
+        case "For":
+            return statement.thread_binding is None and _is_unbound(statement.body)
+        case "AttrStmt":
+            return statement.attr_key != "thread_extent" and _is_unbound(statement.body)
+        case "SeqStmt":
+            return any(_is_unbound(part) for part in statement.seq)
+        case "SBlockRealize":
+            return _is_unbound(statement.block)
+        case "BufferStore" | "Evaluate" | "IfThenElse" | "While":
+            return True
+        case _:
+            return _is_unbound(statement.body)
+
+
+def _one_thread(body: Any) -> Any:
+    """The statement in a grid of one thread."""
+    one = tirx.const(1, "int32")
+    for tag in ("threadIdx.x", "blockIdx.x"):
+        variable = tirx.IterVar((0, 1), tirx.Var(tag.replace(".", "_"), "int32"), tirx.IterVar.ThreadIndex, tag)
+        body = tirx.AttrStmt(variable, "thread_extent", one, body)
+    return body
