@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from mc_opt import ir, targets
 from mc_opt.passes._factor import Shape
 
-_CALL = 400.0  # nanoseconds of a kernel beside its work
-_TRAFFIC = 0.02  # nanoseconds to write and read back a byte of what a stage hands to the next
-
 
 @dataclass(frozen=True)
 class Place:
@@ -33,14 +30,21 @@ class Place:
 
 def dense_time(place: Place, shape: Shape) -> float:
     """Nanoseconds of the layer as it is."""
-    work = ir.dense_work(shape, outputs=place.outputs, itemsize=place.itemsize)
-    return targets.cost(work, place.price) + _CALL
+    return factored_time(place, [shape], 0)
 
 
 def factored_time(place: Place, shapes: Sequence[Shape], ranks: int) -> float:
     """Nanoseconds of a chain of factors."""
-    work = factored_work(place, shapes, ranks)
-    return targets.cost(work, place.price) + _CALL * len(shapes)
+    time: float = targets.predicted_time(
+        shapes,
+        ranks,
+        outputs=place.outputs,
+        inputs=place.inputs,
+        group=place.group,
+        itemsize=place.itemsize,
+        price=place.price,
+    )
+    return time
 
 
 def factored_work(place: Place, shapes: Sequence[Shape], ranks: int) -> ir.Work:

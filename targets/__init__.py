@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         parse_targets,
         target_names,
     )
+    from mc_opt.targets._time import predicted_time
     from mc_opt.targets._vm import Artefact, load_artefact
 
 _EXPORTS = {
@@ -30,6 +31,7 @@ _EXPORTS = {
     "load_artefact": "_vm",
     "parse_target": "_base",
     "parse_targets": "_base",
+    "predicted_time": "_time",
     "target_names": "_base",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "load_artefact",
     "parse_target",
     "parse_targets",
+    "predicted_time",
     "target_names",
 ]
 

@@ -23,7 +23,19 @@ class TargetError(IRError):
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """What one unit of work costs on one core, in nanoseconds; `bytes` is a byte read from memory."""
+    """What one unit of work costs on one core, in nanoseconds.
+
+    Attributes:
+        mul: a product, done in whole vectors.
+        add: a sum; a fused multiply-add is one of each.
+        shift: a shift of an integer.
+        xnor: a product of signs.
+        lookup: a code's value.
+        bytes: a byte read from memory.
+        lanes: numbers in a vector.
+        call: a kernel, whatever it does.
+        traffic: a byte that one kernel writes and the next reads.
+    """
 
     mul: float
     add: float
@@ -31,6 +43,9 @@ class Price:
     xnor: float
     lookup: float
     bytes: float
+    lanes: int = 1
+    call: float = 0.0
+    traffic: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +105,7 @@ class Target:
 
 def cost(work: Any, price: Price) -> float:
     """Nanoseconds of some work at a price: Σ count · price, the arithmetic and the memory traffic added up."""
-    units = (field.name for field in dataclasses.fields(Price))
+    units = (field.name for field in dataclasses.fields(work))
     return float(sum(getattr(work, unit) * getattr(price, unit) for unit in units))
 
 

@@ -27,8 +27,11 @@ class Arm(Target):
     name: ClassVar[str] = "arm"
     # Nanoseconds a unit on one core, derived and not measured: the loops of benchmarks/price.py on a Cortex-A72 at
     # 1.5 GHz, their micro-operations as LLVM's AArch64SchedA57.td counts them (two vector pipes; a 128-bit fmla takes
-    # both once, tbl 3 slots, trn 1); bytes from 5.5 GB/s, STREAM's copy on a Raspberry Pi 4.
-    price: ClassVar[Price] = Price(mul=0.083, add=0.083, shift=0.33, xnor=0.016, lookup=0.45, bytes=0.18)
+    # both once, tbl 3 slots, trn 1); bytes from 5.5 GB/s, STREAM's copy on a Raspberry Pi 4;
+    # call and traffic are x86's, four times as slow.
+    price: ClassVar[Price] = Price(
+        mul=0.083, add=0.083, shift=0.33, xnor=0.016, lookup=0.45, bytes=0.18, lanes=4, call=1600, traffic=0.08
+    )
 
     cpu: Literal["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-n2", "neoverse-v1"] = "cortex-a72"
     threads: int = 1

@@ -186,7 +186,7 @@ def factored_work(
     """
     chain = Chain(tuple(tuple(shape) for shape in shapes), ranks)
     counts = chain.multiplications(reverse=chain.runs_reversed())
-    places = positions(chain, outputs, outputs if inputs is None else inputs)
+    places = stage_positions(chain, outputs, outputs if inputs is None else inputs)
     # F_1 spans the groups, of which each output channel sees one.
     total = sum(
         count * place * (group if k > 1 else 1)
@@ -196,7 +196,7 @@ def factored_work(
     return Work(mul=total, add=total, bytes=stored)
 
 
-def positions(chain: Chain, outputs: int, inputs: int) -> list[int]:
+def stage_positions(chain: Chain, outputs: int, inputs: int) -> list[int]:
     """Positions at which each stage runs, as they run: an axis is strided by the last stage that has taps on it."""
     strided = [min(owners) for axis in range(chain.spatial) if (owners := chain.owners(axis))]
     if not strided:  # the first stage strides

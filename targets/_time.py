@@ -1,0 +1,68 @@
+"""The predicted time of a layer, dense or as a chain of Kronecker factors, before there is a kernel of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mc_opt import ir
+from mc_opt.targets._base import Price
+
+
+def predicted_time(
+    shapes: Sequence[Sequence[int]],
+    ranks: int = 0,
+    *,
+    outputs: int,
+    inputs: int | None = None,
+    group: int = 1,
+    itemsize: int = 4,
+    price: Price,
+) -> float:
+    """Nanoseconds that our kernels take for one layer on one core.
+
+    Of every stage of a chain (a dense layer is a chain of one factor): its multiply-adds, where the dimension that
+    stands in vectors is rounded up to whole vectors; its weights, read once; what it writes for the next stage to
+    read; and what a call of a kernel costs beside them.
+
+    Args:
+        shapes: the factors' shapes, factor 1 first; of a dense layer [its weight's], [F, C / group, K_1, ..].
+        ranks: the number of leading rank axes.
+        outputs: output positions: batch x output pixels; of a linear layer its rows.
+        inputs: input positions; `outputs` when left out.
+        group: groups of the dense convolution.
+        itemsize: bytes of an element.
+        price: of the target.
+    """
+    chain = ir.Chain(tuple(tuple(shape) for shape in shapes), ranks)
+    reverse = chain.runs_reversed()
+    places = ir.stage_positions(chain, outputs, outputs if inputs is None else inputs)
+    total = 0.0
+    for stage, place in zip(chain.stages(reverse=reverse), places, strict=True):
+        total += _stage_time(chain, stage, place, group=group, reverse=reverse, itemsize=itemsize, price=price)
+    return total
+
+
+def _stage_time(
+    chain: ir.Chain, stage: ir.Stage, place: int, *, group: int, reverse: bool, itemsize: int, price: Price
+) -> float:
+    k, count = stage.factor, len(chain.shapes)
+    earlier, later = range(1, k), range(k + 1, count + 1)
+    # Reversed, the outputs made so far stand before what is to be summed, and its rest behind.
+    before = math.prod(chain.outputs(j) if reverse else chain.inputs(j) for j in earlier)
+    behind = math.prod(chain.inputs(j) if reverse else chain.outputs(j) for j in later)
+    passed = math.prod(chain.rank(r) for r in stage.passed)
+    groups = math.prod(chain.rank(r) for r in stage.grouped)
+    made = chain.outputs(k) * math.prod(chain.rank(r) for r in stage.made)
+    depth = chain.inputs(k) * math.prod(chain.kernel(k)) * math.prod(chain.rank(r) for r in stage.summed)
+    if k == 1:  # the factor's outputs are those of all groups
+        made //= group
+    rows = place * before * passed * groups * group
+    in_vectors, beside = (behind, made) if behind > 1 else (made, 1)
+    vector = min(price.lanes, 1 << max(in_vectors - 1, 0).bit_length())
+    filled = -(-in_vectors // vector) * vector
+    # A vector shorter than the register takes as long.
+    steps = rows * depth * beside * filled * (price.lanes / vector)
+    handed = 0.0 if stage.factor == (count if reverse else 1) else rows * made * behind * itemsize * price.traffic
+    weights = math.prod(chain.shapes[k - 1]) * itemsize * price.bytes
+    return steps * (price.mul + price.add) + weights + handed + price.call
