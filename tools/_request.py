@@ -35,7 +35,9 @@ pass_options = _stack(
     click.option("--recipe", metavar="FILE", type=_PATH, help="A TOML file of passes, instead of --passes."),
 )
 torch_option = click.option(
-    "--from-torch", metavar="MODULE:FACTORY", help="Capture what FACTORY returns: (torch module, inputs)."
+    "--from-torch",
+    metavar="MODULE:FACTORY",
+    help="Capture what FACTORY returns: (torch module, inputs), and dynamic shapes if any.",
 )
 model_options = _stack(
     click.option("--shape", "shapes", metavar="IN=DIMS", multiple=True, help="Fix an input, as in x=1x3x224x224."),

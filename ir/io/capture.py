@@ -100,7 +100,8 @@ def capture(
 def from_torch(text: str, *, dynamic_shapes: Any = None) -> onnx_ir.Model:
     """Capture what the factory `package.module:factory` makes: `(module, example)` or an `ExportedProgram`.
 
-    The current folder is on the import path while the factory runs.
+    A third item of the tuple are the dynamic shapes, as `torch.export.export` takes them. The current folder is on
+    the import path while the factory runs.
 
     Raises:
         OptionError: there is no such factory.
@@ -126,12 +127,13 @@ def from_torch(text: str, *, dynamic_shapes: Any = None) -> onnx_ir.Model:
             made = factory()
         except Exception as error:
             raise IRError(f"--from-torch {text!r}: the factory failed: {_line(error)}; repair it") from error
-    if isinstance(made, tuple) and len(made) == 2:
-        return capture(*made, dynamic_shapes=dynamic_shapes)
+    if isinstance(made, tuple) and len(made) in (2, 3):
+        module, example, *sizes = made
+        return capture(module, example, dynamic_shapes=sizes[0] if sizes else dynamic_shapes)
     if type(made).__name__ != "ExportedProgram":
         raise IRError(
-            f"--from-torch {text!r}: the factory returned {type(made).__name__}, expected (module, example) or an "
-            "ExportedProgram"
+            f"--from-torch {text!r}: the factory returned {type(made).__name__}, expected (module, example), "
+            "(module, example, dynamic shapes) or an ExportedProgram"
         )
     return capture(made, dynamic_shapes=dynamic_shapes)
 

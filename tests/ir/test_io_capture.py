@@ -172,6 +172,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import torch\n"
         "def relu(): return torch.nn.ReLU().eval(), torch.zeros(2)\n"
         "def program(): return torch.export.export(torch.nn.ReLU().eval(), (torch.zeros(2),))\n"
+        "def open(): return torch.nn.ReLU().eval(), torch.zeros(2, 3), ({0: torch.export.Dim('batch')},)\n"
         "def wrong(): return 3\n"
         "def broken(): raise ValueError('no weights')\n"
     )
@@ -179,6 +180,7 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = list(sys.path)
     for name in ("relu", "program"):
         assert [n.op_type for n in ir.from_torch(f"nets_for_capture:{name}").graph] == ["Relu"]
+    assert [str(d) for d in ir.from_torch("nets_for_capture:open").graph.inputs[0].shape or ()] == ["batch", "3"]
     for text, message in (
         ("nets_for_capture", "expected package.module:factory"),
         ("nets_for_nobody:make", "No module named 'nets_for_nobody'"),
