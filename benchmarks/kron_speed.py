@@ -1,0 +1,255 @@
+"""Layers with half the multiplications beside the dense layers, on x86: measured, interleaved, and predicted.
+
+    python -m benchmarks.kron_speed                     every layer of the list, one thread
+    python -m benchmarks.kron_speed --only resnet18 --rounds 9
+
+A layer is measured as copies side by side on one input, with a weight each, so that the call and the change of layout
+at the model's border weigh little. Each layer comes in several structures of factors; ranks are the largest that leave
+at most half of the dense multiplications. The speed-up is dense over factored in one interleaved run, as `mc-opt bench`
+measures it. Predicted times are those of `targets.predicted_time`; as a shared machine is now fast, now slow, they are
+scaled by one number, the median of measured over predicted of the dense layers, which is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from mc_opt import ir, targets
+from mc_opt.tools import _timing
+
+COPIES = 4
+FASTER = 1.3
+CLOSE = 1.5
+
+Shapes = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dense layer: `size` is the side of the input, or the rows of a linear layer, whose kernel is 0."""
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel: int
+    size: int
+    stride: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Output positions."""
+        return (self.size // self.stride) ** 2 if self.kernel else self.size
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return (self.outputs, self.inputs, *[self.kernel] * (2 if self.kernel else 0))
+
+
+LAYERS = (
+    Layer("resnet18 layer1", 64, 64, 3, 56),
+    Layer("resnet18 layer2", 128, 128, 3, 28),
+    Layer("resnet18 layer3.0", 128, 256, 3, 28, 2),
+    Layer("resnet18 layer3", 256, 256, 3, 14),
+    Layer("resnet18 layer4", 512, 512, 3, 7),
+    Layer("resnet50 layer1 reduce", 256, 64, 1, 56),
+    Layer("resnet50 layer1 expand", 64, 256, 1, 56),
+    Layer("resnet50 layer2 reduce", 512, 128, 1, 28),
+    Layer("resnet50 layer3 expand", 256, 1024, 1, 14),
+    Layer("resnet50 layer4 reduce", 2048, 512, 1, 7),
+    Layer("efficientnet-lite0 expand", 112, 672, 1, 14),
+    Layer("efficientnet-lite0 project", 672, 112, 1, 14),
+    Layer("efficientnet-lite0 head", 320, 1280, 1, 7),
+    Layer("pp-ocr det neck", 96, 24, 3, 80),
+    Layer("pp-ocr det backbone", 192, 192, 1, 40),
+    Layer("pp-ocr rec backbone", 480, 480, 1, 12),
+    Layer("bert attention, 64 rows", 768, 768, 0, 64),
+    Layer("bert attention, 256 rows", 768, 768, 0, 256),
+    Layer("bert feed-forward, 64 rows", 768, 3072, 0, 64),
+    Layer("bert feed-forward, 128 rows", 3072, 768, 0, 128),
+    Layer("bert feed-forward, 256 rows", 768, 3072, 0, 256),
+    Layer("minilm feed-forward, 128 rows", 384, 1536, 0, 128),
+)
+
+
+def structures(layer: Layer) -> Iterator[tuple[str, Callable[[int], tuple[Shapes, int]]]]:
+    """Name, and the factors' shapes and number of rank axes for a rank."""
+    m, n, k = layer.outputs, layer.inputs, layer.kernel
+    one, taps = (1,) * (2 if k else 0), (k,) * (2 if k else 0)
+    yield "low rank", lambda r: ([(r, m, 1, *one), (r, 1, n, *taps)], 1)
+    if k > 1:
+        yield "tucker", lambda r: ([(1, r, m, 1, *one), (r, r, 1, 1, *taps), (r, 1, 1, n, *one)], 2)
+    yield "kronecker 4x1", lambda r: ([(r, m // 4, 1, *one), (r, 4, n, *taps)], 1)
+    yield "kronecker 1x4", lambda r: ([(r, m, 4, *one), (r, 1, n // 4, *taps)], 1)
+    yield "kronecker 4x4", lambda r: ([(r, m // 4, 4, *one), (r, 4, n // 4, *taps)], 1)
+
+
+def multiplications(layer: Layer, shapes: Shapes, ranks: int) -> float:
+    """Those of the chain over those of the dense layer."""
+    work = ir.factored_work(shapes, ranks, outputs=layer.positions, inputs=places(layer))
+    return work.mul / ir.dense_work(layer.dense, outputs=layer.positions).mul
+
+
+def places(layer: Layer) -> int:
+    """Input positions."""
+    return layer.size**2 if layer.kernel else layer.size
+
+
+def candidates(layer: Layer) -> Iterator[tuple[str, Shapes, int]]:
+    """Every structure at the largest rank with at most half of the multiplications."""
+    for name, make in structures(layer):
+        rank = 1
+        if multiplications(layer, *make(rank)) > 0.5:
+            continue
+        while multiplications(layer, *make(rank + 1)) <= 0.5:
+            rank += 1
+        # Ranks of whole vectors, where there are many; a pass rounds so as well.
+        rank -= rank % 8 if rank > 32 else 0
+        yield name, *make(rank)
+
+
+def model_of(layer: Layer, shapes: Shapes | None) -> onnx_ir.Model:
+    """`COPIES` of the layer on one input, added up; `shapes` are the factors', None for the dense layer."""
+    rng = np.random.default_rng(0)
+    n = 2 if layer.kernel else 0
+    pad, stride = layer.kernel // 2, layer.stride
+    size = (layer.size,) * 2 if n else (layer.size,)
+    given = (1, layer.inputs, *size) if n else (*size, layer.inputs)
+    out = (layer.size // stride,) * 2 if n else size
+    made = (1, layer.outputs, *out) if n else (*out, layer.outputs)
+    x, total = _value("x", given), None
+    nodes, constants = [], []
+    for copy in range(COPIES):
+        arrays = [rng.standard_normal(s) for s in (shapes or [layer.dense if n else layer.dense[::-1]])]
+        weights = [_value(f"w{copy}.{k}", a.shape, (a / a.size**0.5).astype(np.float32)) for k, a in enumerate(arrays)]
+        window = {"strides": [stride] * n, "dilations": [1] * n, "pads": [pad] * 2 * n} if n else {}
+        y = _value(f"y{copy}", made)
+        if shapes is None:
+            node = onnx_ir.node("Conv" if n else "MatMul", [x, *weights], window, outputs=[y], name=f"n{copy}")
+        else:
+            window |= {"group": 1} if n else {}
+            op_type = "SeKronConv" if n else "KronLinear"
+            node = ir.node(op_type, [x, None, *weights], window, name=f"n{copy}", output=f"y{copy}")
+        nodes.append(node)
+        constants += weights
+        if total is None:
+            total = node.outputs[0]
+            continue
+        nodes.append(onnx_ir.node("Add", [node.outputs[0], total], outputs=[_value(f"t{copy}", made)], name=f"a{copy}"))
+        total = nodes[-1].outputs[0]
+    assert total is not None
+    graph = onnx_ir.Graph([x], [total], nodes=nodes, initializers=constants, opset_imports={"": 21}, name="g")
+    model = onnx_ir.Model(graph, ir_version=10)
+    ir.add_functions(model)
+    return model
+
+
+def _value(name: str, shape: tuple[int, ...], array: np.ndarray | None = None) -> onnx_ir.Value:
+    return onnx_ir.Value(
+        name=name,
+        type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT),
+        shape=onnx_ir.Shape(shape),
+        const_value=None if array is None else onnx_ir.tensor(array),
+    )
+
+
+def compiled(model: onnx_ir.Model, target: targets.Target, folder: Path) -> Any:
+    """The artefact."""
+    folder.mkdir()
+    target.compile(model, folder, lambda *_: None)
+    return targets.load_artefact(folder)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One structure of a layer; times are microseconds of one copy."""
+
+    layer: str
+    structure: str
+    share: float
+    speedup: float
+    measured: tuple[float, float]
+    predicted: tuple[float, float]
+
+
+def measure(layer: Layer, target: targets.Target, rounds: int) -> Iterator[Result]:
+    """Every structure of a layer beside the dense one."""
+    found = {name: (shapes, ranks) for name, shapes, ranks in candidates(layer)}
+    models: dict[str, Shapes | None] = {"dense": None, **{name: shapes for name, (shapes, _) in found.items()}}
+    shape = (1, layer.inputs, layer.size, layer.size) if layer.kernel else (layer.size, layer.inputs)
+    x: np.ndarray = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs: dict[str, Callable[[], object]] = {}
+        for number, (name, shapes) in enumerate(models.items()):
+            artefact = compiled(model_of(layer, shapes), target, Path(scratch) / str(number))
+            runs[name] = functools.partial(artefact.run, {"x": x})
+        times = _timing.interleave(runs, rounds=rounds, batch=0.01)
+    dense = predicted(layer, [layer.dense], 0, target)
+    for name, (shapes, ranks) in found.items():
+        yield Result(
+            layer.name,
+            name,
+            multiplications(layer, shapes, ranks),
+            _timing.ratio(times["dense"], times[name]).value,
+            (times["dense"].median * 1e3 / COPIES, times[name].median * 1e3 / COPIES),
+            (dense, predicted(layer, shapes, ranks, target)),
+        )
+
+
+def predicted(layer: Layer, shapes: Shapes, ranks: int, target: targets.Target) -> float:
+    """Microseconds."""
+    return 1e-3 * float(
+        targets.predicted_time(shapes, ranks, outputs=layer.positions, inputs=places(layer), price=target.price)
+    )
+
+
+def summary(results: list[Result]) -> None:
+    """Print every line with its prediction, and how many keep the two bounds."""
+    scale = statistics.median(r.measured[0] / r.predicted[0] for r in results)
+    print(f"{'layer':31}{'structure':15}{'mul':>5}{'speed-up':>10}{'predicted':>10}{'dense us':>10}{'factored':>10}")
+    close = []
+    for r in results:
+        expected = r.predicted[0] / r.predicted[1]
+        off = [max(m / (scale * p), scale * p / m) for m, p in zip(r.measured, r.predicted, strict=True)]
+        close.append(off[1] <= CLOSE)
+        print(
+            f"{r.layer:31}{r.structure:15}{r.share:5.2f}{r.speedup:10.2f}{expected:10.2f}"
+            f"{r.measured[0]:10.1f}{r.measured[1]:10.1f}  time off by {off[0]:.2f}, {off[1]:.2f}"
+        )
+    names = dict.fromkeys(r.layer for r in results)
+    best = [max((r for r in results if r.layer == n), key=lambda r: r.predicted[0] / r.predicted[1]) for n in names]
+    for title, chosen in (("every structure", results), ("the structure predicted fastest, a layer", best)):
+        fast = sum(r.speedup >= FASTER for r in chosen)
+        print(f"at least {FASTER} times faster, {title}: {fast} of {len(chosen)}")
+    print(f"time within {CLOSE} of {scale:.2f} times the predicted: {sum(close)} of {len(close)}")
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    os.environ.setdefault("TVM_NUM_THREADS", "1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="layers whose name contains this")
+    parser.add_argument("--target", default="x86")
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    target = targets.parse_target(arguments.target)
+    results: list[Result] = []
+    for layer in LAYERS:
+        if arguments.only in layer.name:
+            results += measure(layer, target, arguments.rounds)
+    summary(results)
+
+
+if __name__ == "__main__":
+    main()
