@@ -154,15 +154,17 @@ class Writer:
         mine = [d for d in order if d in own]
         groups = ["g"] + [f"r{r}" for r in stage.grouped]
         channels = [d for d in mine if d in groups] + [d for d in mine if d not in groups]
-        # Without channels of its own a stage works on what it makes: outputs stand behind what is still to be summed.
-        first = min((order.index(d) for d in mine), default=self._boundary(order, stage))
+        # What a stage makes never stands behind outputs that are slower than its own.
+        first = min([*(order.index(d) for d in mine), self._boundary(order)])
         before = [d for d in order[:first] if d not in own]
         return channels, before, [d for d in order[first:] if d not in own]
 
-    def _boundary(self, order: list[str], stage: Stage) -> int:
+    def _boundary(self, order: list[str]) -> int:
+        """Where a stage's outputs may begin: before the faster ones that are there; in reverse, behind the slower."""
+        outputs = [i for i, d in enumerate(order) if d[0] == "f"]
         if self.frame.reverse:
-            return 1 + sum(d[0] == "f" for d in order)
-        return sum(d[0] in "ngc" for d in order)
+            return max(outputs, default=0) + 1
+        return min(outputs, default=len(order))
 
     def made(self, stage: Stage) -> list[str]:
         """The dimensions of a stage's output channels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,14 +137,25 @@ def dense(layer: Layer) -> np.ndarray:
 def holds(layer: Layer, result: np.ndarray) -> None:
     expected = dense(layer)
     assert result.shape == expected.shape
-    scale = float(np.abs(expected).max()) or 1.0
     # fp32 of at most 729 products of three factors: relative 1e-5.
-    assert np.abs(result - expected).max() <= 1e-5 * scale
+    assert np.abs(result - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def cancels(layer: Layer) -> bool:
+    """Whether terms a hundred times the result cancel in it: then float32 itself leaves no five digits."""
+    positive = dataclasses.replace(
+        layer,
+        factors=tuple(np.abs(f) for f in layer.factors),
+        x=np.abs(layer.x),
+        bias=None if layer.bias is None else np.abs(layer.bias),
+    )
+    return float(np.abs(dense(layer)).max()) < 0.01 * float(dense(positive).max())
 
 
 def sweep(layer: Layer) -> None:
     from mc_opt.ir import interpret
 
+    assume(not cancels(layer))
     model = model_of(layer, symbolic=False)
     holds(layer, in_onnx_runtime(model, layer.x))
     holds(layer, in_onnx_runtime(model_of(layer, symbolic=True), layer.x))
@@ -170,7 +182,7 @@ def test_other_ranks_of_convolution_are_the_dense_one(spatial: int, data: st.Dat
 
 
 @pytest.mark.torch
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(layers(spatial=0))
 def test_factored_product_is_the_dense_one(layer: Layer) -> None:
     sweep(layer)
