@@ -35,16 +35,29 @@ class Judge:
             fixed: values of inputs that a later pass makes constant.
         """
         self._fixed = fixed
-        given = ctx.data
         original = ctx.reference or model
-        self._data = ir.seeded_data(model, SAMPLES, ctx.seed, states=ctx.states) if given is None else given
-        self._states = self._data.states
         self._inputs = frozenset(str(v.name) for v in original.graph.inputs)
         self._original = self._open(original)
         self._previous = self._original
         # One run of everything, off and on: it gives r, and it shows at once whether the data fits.
-        self._noise = ir.compare(self._open(original, optimise=False), self._original, self._data, states=self._states)
+        plain = self._open(original, optimise=False)
+        self._data, self._noise = self._first_run(model, plain, ctx)
+        self._states = self._data.states
         self.samples = self._noise.samples
+
+    def _first_run(self, model: onnx_ir.Model, plain: ir.Session, ctx: Context) -> tuple[ir.Data, ir.Drift]:
+        """The data, and the original's own noise on it."""
+        if ctx.data is None:
+            # Not every model keeps what the shapes of its inputs promise: some run at one batch alone.
+            several = ir.seeded_data(model, SAMPLES, ctx.seed, states=ctx.states, sizes="several")
+            try:
+                return several, ir.compare(plain, self._original, several, states=several.states)
+            except ir.LimitError:
+                raise
+            except ir.IRError:
+                pass
+        data = ir.seeded_data(model, SAMPLES, ctx.seed, states=ctx.states) if ctx.data is None else ctx.data
+        return data, ir.compare(plain, self._original, data, states=data.states)
 
     def after(self, step: Pass, new: onnx_ir.Model, before: tuple[str, ...]) -> dict[str, Any]:
         """Drift and verdict of a pass that made `new`; `before` names the passes that ran earlier.

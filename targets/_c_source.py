@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from string import Template
 
 from mc_opt.targets import _c_text
+from mc_opt.targets._machine import HWCAP
 from mc_opt.targets._manifest import Port
 from mc_opt.targets._plan import ALIGNMENT
 
@@ -52,11 +53,6 @@ CPUID: dict[str, tuple[int, int, int, int]] = {
     **{"vpclmulqdq": (7, 0, 2, 10), "avx512vnni": (7, 0, 2, 11), "avx512bitalg": (7, 0, 2, 12)},
     **{"avx512vpopcntdq": (7, 0, 2, 14), "avx512fp16": (7, 0, 3, 23)},
     **{"avxvnni": (7, 1, 0, 4), "avx512bf16": (7, 1, 0, 5)},
-}
-# Processor features of ARM by LLVM's name: which of the two words that Linux gives a program, and the bit.
-HWCAP: dict[str, tuple[int, int]] = {
-    **{"neon": (1, 1), "lse": (1, 8), "fullfp16": (1, 10), "rdm": (1, 12), "jsconv": (1, 13), "complxnum": (1, 14)},
-    **{"rcpc": (1, 15), "dotprod": (1, 20), "i8mm": (2, 13), "bf16": (2, 14)},
 }
 # Bits of XCR0: the registers that the operating system saves.
 _SAVES_YMM, _SAVES_ZMM = 0x6, 0xE6
@@ -306,11 +302,11 @@ def _check(identity: Identity) -> str:
     """The text that asks the processor whether it has the features."""
     text = Template(_c_text.CHECK[identity.kind])
     if identity.kind == "arm":
-        words = {1: 0, 2: 0}
+        words = {16: 0, 26: 0}
         for feature in identity.features:
             word, bit = HWCAP[feature]
             words[word] |= 1 << bit
-        return text.substitute(hwcap=hex(words[1]), hwcap2=hex(words[2]))
+        return text.substitute(hwcap=hex(words[16]), hwcap2=hex(words[26]))
     return text.substitute(features=_listed(_features(identity.features)), xcr0=hex(_saved(identity.features)))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 # LLVM feature names by the flag that /proc/cpuinfo shows. Only features that generated code can contain:
 # they are what an artefact asks of the machine that loads it.
-_X86_FEATURES = {
+_FEATURES = {
     "sse3": "pni",
     "ssse3": "ssse3",
     "sse4.1": "sse4_1",
@@ -43,19 +44,11 @@ _X86_FEATURES = {
     "vaes": "vaes",
     "vpclmulqdq": "vpclmulqdq",
 }
-_ARM_FEATURES = {
-    "neon": "asimd",
-    "fullfp16": "asimdhp",
-    "dotprod": "asimddp",
-    "rdm": "asimdrdm",
-    "lse": "atomics",
-    "rcpc": "lrcpc",
-    "complxnum": "fcma",
-    "jsconv": "jscvt",
-    "i8mm": "i8mm",
-    "bf16": "bf16",
+# For ARM: which word of the auxiliary vector that Linux gives a program (AT_HWCAP, AT_HWCAP2), and the bit.
+HWCAP: dict[str, tuple[int, int]] = {
+    **{"neon": (16, 1), "lse": (16, 8), "fullfp16": (16, 10), "rdm": (16, 12), "jsconv": (16, 13)},
+    **{"complxnum": (16, 14), "rcpc": (16, 15), "dotprod": (16, 20), "i8mm": (26, 13), "bf16": (26, 14)},
 }
-_FEATURES = _X86_FEATURES | _ARM_FEATURES
 _V3 = ("sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _CASCADE_LAKE = (*_V4, "avx512vnni")
@@ -161,7 +154,10 @@ def native(*, threads: int = 1) -> Machine:
 
 def present() -> frozenset[str]:
     """LLVM's names of the features that this processor has."""
-    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())  # x86 writes the one, ARM the other
+    if platform.machine() == ARCHITECTURES["arm"]:
+        words = _auxiliary_vector()
+        return frozenset(name for name, (word, bit) in HWCAP.items() if words.get(word, 0) >> bit & 1)
+    flags = set(_cpuinfo("flags").split())
     return frozenset(name for name, flag in _FEATURES.items() if flag in flags)
 
 
@@ -206,3 +202,12 @@ def _cpuinfo(key: str) -> str:
         if name.strip() == key:
             return value.strip()
     return ""
+
+
+def _auxiliary_vector() -> dict[int, int]:
+    """What Linux tells a process when it starts it; right under qemu too, whose cpuinfo is the host's."""
+    try:
+        data = Path("/proc/self/auxv").read_bytes()
+    except OSError:  # not Linux
+        return {}
+    return dict(struct.iter_unpack("=QQ", data))

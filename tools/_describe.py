@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import sys
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -61,6 +62,26 @@ def _type_text(kind: Any) -> str:
         return names[kind]
     arguments = [a for a in typing.get_args(kind) if a is not type(None)]
     return _type_text(arguments[0]) if arguments else getattr(kind, "__name__", str(kind))
+
+
+def print_entries(
+    entries: Sequence[dict[str, Any]],
+    *,
+    long: bool,
+    as_json: bool,
+    columns: Sequence[str],
+    row: Callable[[dict[str, Any]], Sequence[str]],
+    hint: str,
+) -> None:
+    """What a verb prints of passes or targets: the long form of each, or a table and a hint; JSON holds all."""
+    if as_json:
+        _console.print_json(list(entries))
+    elif long:
+        for entry in entries:
+            print_entry(entry)
+    else:
+        _console.print_table(columns, [row(entry) for entry in entries])
+        click.echo(f"\n{hint}")
 
 
 def print_entry(entry: dict[str, Any]) -> None:

@@ -40,7 +40,13 @@ torch_option = click.option(
     help="Capture what FACTORY returns: (torch module, inputs), and dynamic shapes if any.",
 )
 model_options = _stack(
-    click.option("--shape", "shapes", metavar="IN=DIMS", multiple=True, help="Fix an input, as in x=1x3x224x224."),
+    click.option(
+        "--shape",
+        "shapes",
+        metavar="IN=DIMS",
+        multiple=True,
+        help="Fix an input, as in x=1x3x224x224; a name leaves a size open: x=Nx3x224x224.",
+    ),
     click.option("--data", metavar="PATH", type=_PATH, help="Real inputs: an .npz or a folder of them."),
     click.option(
         "--state", "states", metavar="OUT=IN", multiple=True, help="Recurrent state: output OUT feeds input IN."
@@ -140,11 +146,11 @@ def recipe_of(options: Mapping[str, Any], words: Sequence[str] = ()) -> Recipe:
     return passes.Recipe(passes.Pipeline.parse(options["passes"] or ""))
 
 
-def shapes_of(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def shapes_of(texts: Sequence[str]) -> dict[str, tuple[int | str, ...]]:
     """`--shape` texts as input name to dimensions."""
     from mc_opt import ir
 
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int | str, ...]] = {}
     for text in texts:
         name, dims = ir.parse_shape(text)
         if name in shapes:

@@ -41,7 +41,9 @@ def capture(
     )
 
 
-def load_model(path: str | os.PathLike[str], *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> onnx_ir.Model:
+def load_model(
+    path: str | os.PathLike[str], *, shapes: Mapping[str, tuple[int | str, ...]] | None = None
+) -> onnx_ir.Model:
     """Read an ONNX file, checked and lifted to opset 21 or newer; `shapes` fixes symbolic dimensions."""
     return ir.load_model(Path(path), shapes=shapes)
 
@@ -62,7 +64,7 @@ def compress(
     *,
     target: str | Target | None = None,
     data: ir.Data | str | os.PathLike[str] | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
     states: Mapping[str, str] | None = None,
     check: passes.Check = "full",
     seed: int = 0,
@@ -76,7 +78,7 @@ def compress(
         recipe: `"fold-batch-norm,denseshift{bits=3}"`, a Pipeline, or pass objects.
         target: where the model will run, for passes that ask.
         data: real inputs for the checks and for passes that need some.
-        shapes: input name to shape; fixes symbolic dimensions.
+        shapes: input name to shape; fixes symbolic dimensions (a name in place of a number leaves one open).
         states: recurrent states that the data carries, output name to input name.
         check: `"full"` runs the models in ONNX Runtime, `"structure"` reads no weights.
         seed: of every random choice.
@@ -112,7 +114,7 @@ def build(
     target: str | Target | Sequence[str | Target],
     out: str | os.PathLike[str],
     *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
     check: passes.Check = "full",
 ) -> Report:
     """Build a model for one or more targets into the folder `out`, beside its ONNX file and its report.
@@ -121,7 +123,7 @@ def build(
         model: a model or the path of an ONNX file.
         target: `"x86"`, `"x86{cpu=x86-64-v3}"`, a Target, or several.
         out: the folder; an earlier output there is replaced.
-        shapes: input name to shape; fixes symbolic dimensions, which no kernel takes.
+        shapes: input name to shape; fixes symbolic dimensions, of which kernels take the batch and sequences.
         check: as in `compress`.
     """
     several = [target] if isinstance(target, str | Target) else target

@@ -52,7 +52,7 @@ class Request:
     pipeline: Pipeline = field(default_factory=Pipeline)
     targets: tuple[targets.Target, ...] = ()
     out: Path | str | None = None
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     data: ir.Data | Path | str | None = None
     states: Mapping[str, str] = field(default_factory=dict)
     check: passes.Check = "full"
@@ -134,7 +134,7 @@ def _read(request: Request) -> onnx_ir.Model:
             return ir.load_model(path, check=request.check)
 
 
-def _shaped(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> onnx_ir.Model:
+def _shaped(model: onnx_ir.Model, shapes: Mapping[str, tuple[int | str, ...]]) -> onnx_ir.Model:
     """The model itself, or a copy with its inputs fixed; what is known of its file goes along."""
     if not shapes:
         return model

@@ -7,14 +7,14 @@ import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
 from mc_opt.ir.errors import DataError
-from mc_opt.ir.io.shapes import describe, example_shapes
+from mc_opt.ir.io.shapes import describe, example_shapes, varied_shapes
 
 LABEL = "label"
 _SAVE = "save it with numpy.savez"
@@ -104,23 +104,32 @@ def load_data(path: str | Path, model: onnx_ir.Model, states: Mapping[str, str] 
     return Data(walk, size, labelled[0], states, str(path))
 
 
-def seeded_data(model: onnx_ir.Model, n: int = 8, seed: int = 0, *, states: Mapping[str, str] | None = None) -> Data:
+def seeded_data(
+    model: onnx_ir.Model,
+    n: int = 8,
+    seed: int = 0,
+    *,
+    states: Mapping[str, str] | None = None,
+    sizes: Literal["one", "several"] = "one",
+) -> Data:
     """`n` random samples: normal floats, both booleans, and integers that index what they are used to index.
 
-    Open dimensions get the numbers of `example_shapes`.
+    Open dimensions get the numbers of `example_shapes`, with `sizes="several"` those of `varied_shapes`; a model with
+    states, which keep their shape, gets one size all the same.
 
     Raises:
         DataError: an input is not a tensor of numbers.
     """
     states = dict(states or {})
     check_states(model, states)
-    shapes = example_shapes(model)
-    drawn = [(v, _draw(v, shapes)) for v in model.graph.inputs if v.name not in states.values()]
+    shapes = varied_shapes(model) if sizes == "several" and not states else [example_shapes(model)]
+    inputs = [v for v in model.graph.inputs if v.name not in states.values()]
+    drawn = [[(v, _draw(v, shape)) for v in inputs] for shape in shapes]
 
     def walk() -> Iterator[Sample]:
         for i in range(n):
             rng = np.random.default_rng((seed, i))
-            sample = {str(v.name): draw(rng) for v, draw in drawn}
+            sample = {str(v.name): draw(rng) for v, draw in drawn[i % len(drawn)]}
             yield Sample(sample | (_zeros(model, states, sample) if i == 0 else {}))
 
     return Data(walk, n, states=states, origin=f"seed {seed}")

@@ -48,7 +48,7 @@ _WEIGHTED = {
 def load_model(
     path: str | os.PathLike[str],
     *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
     check: Check = "full",
 ) -> onnx_ir.Model:
     """Read an ONNX file and bring it to the form that passes work on.
@@ -76,7 +76,7 @@ def prepare(
     model: onnx_ir.Model,
     where: str,
     *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
     check: Check = "full",
 ) -> onnx_ir.Model:
     """Bring a model that was read or captured to the form that passes work on; see `load_model`."""

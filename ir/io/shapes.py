@@ -13,7 +13,11 @@ from mc_opt.ir.errors import IRError, OptionError
 from mc_opt.ir.history import Origin, Touched, add_history
 from mc_opt.ir.io.weightless import graphs, walk, weightless
 
-_SHAPE = re.compile(r"(?P<name>.+)=(?P<dims>\d+(x\d+)*|scalar)")
+# A dimension is a number or a name; as the x between dimensions is one, no name has it.
+_DIM = r"(\d+|[A-Za-wyz_][A-Za-wyz0-9_]*)"
+_SHAPE = re.compile(rf"(?P<name>.+)=(?P<dims>scalar|{_DIM}(x{_DIM})*)")
+# A shape as `--shape` gives it: numbers, and names of what stays open.
+Dims = tuple[int | str, ...]
 # What exporters write for "not known": two of them need not be equal.
 _ANONYMOUS = {None, "", "?", "-1", "None"}
 # Height, width, length of a sequence, samples of a signal.
@@ -22,8 +26,10 @@ _BATCH = re.compile(r"b|n|bs|.*batch.*", re.IGNORECASE)
 _SPACE = re.compile(r"h|w|.*(height|width).*", re.IGNORECASE)
 
 
-def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+def parse_shape(text: str) -> tuple[str, Dims]:
     """Read `x=1x3x224x224` as `("x", (1, 3, 224, 224))`; `x=scalar` is a shape without dimensions.
+
+    A name in place of a number leaves a dimension open under that name: `x=Nx3x224x224`.
 
     Raises:
         OptionError: the text is not of that form.
@@ -32,16 +38,16 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     if match is None:
         raise OptionError(f"--shape {text!r}: expected input=dimensions, as in x=1x3x224x224 (x=scalar for none)")
     dims = match["dims"]
-    return match["name"], () if dims == "scalar" else tuple(int(d) for d in dims.split("x"))
+    return match["name"], () if dims == "scalar" else tuple(int(d) if d.isdigit() else d for d in dims.split("x"))
 
 
-def format_shape(name: str, dims: tuple[int, ...]) -> str:
+def format_shape(name: str, dims: Dims) -> str:
     """The inverse of `parse_shape`."""
     return f"{name}={'x'.join(map(str, dims)) if dims else 'scalar'}"
 
 
-def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give inputs the static shapes of `shapes`; a dimension of the same name gets its number everywhere.
+def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, Dims]) -> None:
+    """Give inputs the shapes of `shapes`; a dimension of the same name gets its number, or new name, everywhere.
 
     Every shape that was inferred before is forgotten and inferred again.
 
@@ -51,7 +57,7 @@ def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> N
     inputs = {value.name: value for value in model.graph.inputs}
     ends = (*model.graph.inputs, *model.graph.outputs)
     before = [str(value.shape) for value in ends]
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int | str] = {}
     for name, dims in shapes.items():
         if name not in inputs:
             raise IRError(f"--shape {format_shape(name, dims)}: unknown input {name!r}; the inputs are: {_list(model)}")
@@ -76,10 +82,11 @@ def fix_shapes(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> N
         add_history(model, [Touched(Origin("--shape", rule), (), tuple(fixed))])
 
 
-def _check(value: onnx_ir.Value, name: str, dims: tuple[int, ...], numbers: dict[str, int]) -> None:
+def _check(value: onnx_ir.Value, name: str, dims: Dims, numbers: dict[str, int | str]) -> None:
     text = f"--shape {format_shape(name, dims)}"
-    if any(d < 1 for d in dims):
-        raise IRError(f"{text}: a dimension is {min(dims)}, expected 1 or more")
+    lowest = min((d for d in dims if isinstance(d, int)), default=1)
+    if lowest < 1:
+        raise IRError(f"{text}: a dimension is {lowest}, expected 1 or more")
     if value.shape is None:
         return
     if len(dims) != len(value.shape):
@@ -95,7 +102,7 @@ def _check(value: onnx_ir.Value, name: str, dims: tuple[int, ...], numbers: dict
             )
 
 
-def _substitute(shape: onnx_ir.Shape, numbers: Mapping[str, int]) -> onnx_ir.Shape:
+def _substitute(shape: onnx_ir.Shape, numbers: Mapping[str, int | str]) -> onnx_ir.Shape:
     return onnx_ir.Shape(
         [d if isinstance(d, int) else numbers.get(str(d.value), d) for d in shape],
         denotations=[shape.get_denotation(i) for i in range(len(shape))],
@@ -161,6 +168,49 @@ def example_shapes(model: onnx_ir.Model) -> dict[str, tuple[int, ...]]:
     """Static shapes for the inputs that lack them: a guess that shape inference accepts, or else just a guess."""
     candidates = [_example(model, *sizes) for sizes in _SIZES]
     return next((c for c in candidates if c and _fits(model, c)), candidates[0])
+
+
+def varied_shapes(model: onnx_ir.Model) -> list[dict[str, tuple[int, ...]]]:
+    """`example_shapes`, and the same with other batches and with shorter sequences of tokens or features.
+
+    The batch is the first axis of an input, a sequence the second one of a matrix of integers or of rank 3; of a
+    model with several inputs only dimensions that have a name change, alike in all of them.
+    """
+    base = example_shapes(model)
+    numbers = dict(_open_numbers(model, base))
+    variants = [base]
+    for batch, part in ((2, 9), (3, 2)) if numbers else ():
+        new = {key: batch if is_batch else 1 + number // part for key, (number, is_batch) in numbers.items()}
+        shapes = {
+            str(v.name): tuple(new.get(_key(v, axis), n) for axis, n in enumerate(base[str(v.name)]))
+            for v in model.graph.inputs
+            if v.name in base
+        }
+        variants.append(shapes)
+    return variants
+
+
+def _open_numbers(model: onnx_ir.Model, base: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, bool]]]:
+    """The open dimensions that may vary: their key, their example, and whether they are a batch."""
+    for value in model.graph.inputs:
+        if value.shape is None or value.name not in base:
+            continue
+        rank, is_integer = len(value.shape), value.dtype is not None and value.dtype.is_integer()
+        for axis, d in enumerate(value.shape):
+            is_batch = axis == 0 and rank > 1
+            is_sequence = axis == 1 and ((rank == 2 and is_integer) or rank == 3)
+            is_alike = len(model.graph.inputs) == 1 or not _key(value, axis).startswith("axis ")
+            if not isinstance(d, int) and is_alike and (is_batch or is_sequence):
+                yield _key(value, axis), (base[str(value.name)][axis], is_batch)
+
+
+def _key(value: onnx_ir.Value, axis: int) -> str:
+    """The name of an open dimension; `axis` for one without."""
+    assert value.shape is not None
+    d = value.shape[axis]
+    if isinstance(d, int):
+        return ""
+    return f"axis {axis}" if d.value in _ANONYMOUS else str(d.value)
 
 
 def _example(model: onnx_ir.Model, height: int, width: int, length: int, signal: int) -> dict[str, tuple[int, ...]]:

@@ -61,6 +61,7 @@ class _Held:
     shape: Shape
     array: np.ndarray | None = None
     sizes: np.ndarray | None = None
+    kind: str | None = None  # the element type of `sizes`
     plain: relax.Expr | None = None
     nhwc: relax.Expr | None = None
     make: Callable[[], relax.Expr] | None = None
@@ -124,8 +125,8 @@ class Emitter:
         held = self._get(value)
         if held.array is not None:
             return str(held.array.dtype)
-        if held.sizes is not None:
-            return "int64"
+        if held.kind is not None:
+            return held.kind
         expr = held.nhwc if held.nhwc is not None else held.plain
         if expr is not None:
             return str(expr.ty.dtype)
@@ -263,15 +264,15 @@ class Emitter:
         """State that a value is known while building."""
         self._held[value] = _Held(tuple(array.shape), array=array)
 
-    def set_sizes(self, value: onnx_ir.Value, extents: np.ndarray) -> None:
+    def set_sizes(self, value: onnx_ir.Value, extents: np.ndarray, kind: str = "int64") -> None:
         """State that a value holds extents: integers, and expressions of the open dimensions."""
         flat = [dims.simple(d) for d in extents.reshape(-1)]
         if dims.is_static(flat):
-            self.set_constant(value, np.array(flat, np.int64).reshape(extents.shape))
+            self.set_constant(value, np.array(flat, kind).reshape(extents.shape))
             return
         held = np.empty(len(flat), object)
         held[:] = flat
-        self._held[value] = _Held(tuple(extents.shape), sizes=held.reshape(extents.shape))
+        self._held[value] = _Held(tuple(extents.shape), sizes=held.reshape(extents.shape), kind=kind)
 
     def alias(self, value: onnx_ir.Value, source: onnx_ir.Value) -> None:
         """State that a value is another one; conversions of either serve both."""
@@ -312,7 +313,7 @@ class Emitter:
         if held.make is not None:
             return held.make()
         if held.sizes is not None:
-            return self.te(functools.partial(_written, held.sizes), name="sizes")
+            return self.te(functools.partial(_written, held.sizes, str(held.kind)), name="sizes")
         assert held.nhwc is not None
         return self._transpose(held.nhwc, to_plain(len(held.shape)))
 
@@ -375,7 +376,7 @@ def reshaped(x: te.Tensor, shape: Sequence[Dim]) -> te.Tensor:
     return te.compute(tuple(shape), element, name="reshape")
 
 
-def _written(extents: np.ndarray) -> te.Tensor:
+def _written(extents: np.ndarray, kind: str) -> te.Tensor:
     """The extents as a tensor, for what computes with them at run time."""
     flat = extents.reshape(-1)
 
@@ -383,10 +384,10 @@ def _written(extents: np.ndarray) -> te.Tensor:
         at: Any = 0
         for k, extent in zip(i, extents.shape, strict=True):
             at = at * extent + k
-        value = tirx.Cast("int64", tirx.const(0, "int64") + flat[0])
-        for k, extent in enumerate(flat[1:], 1):
-            value = tirx.Select(at >= k, tirx.const(0, "int64") + extent, value)
-        return value
+        value = zero = tirx.const(0, "int64")
+        for k, extent in enumerate(flat):
+            value = tirx.Select(at >= k, zero + extent, value)
+        return value.astype(kind)
 
     return te.compute(extents.shape, element, name="sizes")
 

@@ -15,6 +15,9 @@ from mc_opt.targets._relax.emitter import Emitter
 _Rule = Callable[[Emitter, onnx_ir.Node, Sequence[np.ndarray]], np.ndarray | None]
 
 
+_KINDS = {int(onnx_ir.DataType.INT32): "int32", int(onnx_ir.DataType.INT64): "int64"}
+
+
 def fold(e: Emitter, node: onnx_ir.Node) -> bool:
     """Compute a node of extents, and say whether that was possible."""
     if node.domain not in ("", "ai.onnx"):
@@ -34,8 +37,15 @@ def fold(e: Emitter, node: onnx_ir.Node) -> bool:
     result = rule(e, node, arrays)
     if result is None:
         return False
-    e.set_sizes(node.outputs[0], result)
+    kind = _KINDS[e.attribute(node, "to", 0)] if node.op_type == "Cast" else e.dtype(_first(node))
+    e.set_sizes(node.outputs[0], result, kind)
     return True
+
+
+def _first(node: onnx_ir.Node) -> onnx_ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
 
 
 def _array(items: Sequence[Dim], shape: Sequence[int]) -> np.ndarray:
@@ -69,7 +79,7 @@ def _same(_e: Emitter, node: onnx_ir.Node, arrays: Sequence[np.ndarray]) -> np.n
 
 
 def _cast(e: Emitter, node: onnx_ir.Node, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-    return arrays[0] if e.attribute(node, "to", 1) == onnx_ir.DataType.INT64 else None
+    return arrays[0] if e.attribute(node, "to", 0) in _KINDS else None
 
 
 def _squeeze(_e: Emitter, _node: onnx_ir.Node, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -145,7 +155,9 @@ def _where(e: Emitter, node: onnx_ir.Node) -> bool:
         return False
     condition, a, b = np.broadcast_arrays(condition, a, b)
     items = [x if c else y for c, x, y in zip(condition.reshape(-1), a.reshape(-1), b.reshape(-1), strict=True)]
-    e.set_sizes(node.outputs[0], _array(items, a.shape))
+    picked = node.inputs[1]
+    assert picked is not None
+    e.set_sizes(node.outputs[0], _array(items, a.shape), e.dtype(picked))
     return True
 
 

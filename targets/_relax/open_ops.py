@@ -7,15 +7,14 @@ import onnx_ir
 from mc_opt.targets._relax import dims, elementwise
 from mc_opt.targets._relax.emitter import Emitter
 
-_TAKEN = {
-    *elementwise.HANDLERS,
-    *("ArgMax", "ArgMin", "Concat", "ConstantOfShape", "Conv", "Expand", "Flatten", "Gather", "GatherElements"),
-    *("GatherND", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "LayerNormalization", "LogSoftmax"),
-    *("MatMul", "MaxPool", "AveragePool", "LpPool", "Pad", "RMSNormalization", "Range", "ReduceL1", "ReduceL2"),
-    *("ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"),
-    *("ReduceSumSquare", "Reshape", "Shape", "Size", "Slice", "Softmax", "Split", "Squeeze", "Tile", "Transpose"),
-    *("Trilu", "Unsqueeze"),
-}
+_MORE = """
+ArgMax ArgMin AveragePool BatchNormalization Concat ConstantOfShape Conv CumSum DepthToSpace DequantizeLinear Expand
+Flatten GRU Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization
+InstanceNormalization LSTM LayerNormalization LogSoftmax LpPool MatMul MaxPool Pad QuantizeLinear RMSNormalization RNN
+Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+ReduceSumSquare Reshape Shape Size Slice Softmax SpaceToDepth Split Squeeze Tile Transpose Trilu Unsqueeze
+"""
+_TAKEN = {*elementwise.HANDLERS, *_MORE.split()}
 
 
 def takes(e: Emitter, node: onnx_ir.Node) -> bool:

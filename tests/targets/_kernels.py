@@ -130,12 +130,13 @@ def check(
     proto = model(text, weights)
     with running(proto, dataclasses.replace(machine(cpu or CPU), threads=threads)) as (run, notes):
         for size in sizes:
-            _compare(proto, run, feeds(proto, size))
+            compare(proto, run, feeds(proto, size))
     if quiet:
         assert notes == [], notes
 
 
-def _compare(proto: onnx.ModelProto, run: Run, inputs: Arrays) -> None:
+def compare(proto: onnx.ModelProto, run: Run, inputs: Arrays) -> None:
+    """What was built gives ONNX Runtime's outputs."""
     wanted = reference(proto, inputs)
     got = run(list(inputs.values()))
     assert len(wanted) == len(got)

@@ -28,8 +28,8 @@ def test_options_are_checked() -> None:
     assert static.resolved() == "arm{cpu=cortex-a72 features=+neon threads=1 form=static prefix=net}"
 
 
-# What /proc/cpuinfo of a Raspberry Pi 4 says.
-PI = {"Features": "fp asimd evtstrm crc32 cpuid", "CPU part": "0xd08"}
+# AT_HWCAP of a Raspberry Pi 4: fp, asimd, evtstrm, crc32, cpuid.
+PI = {16: 1 << 0 | 1 << 1 | 1 << 2 | 1 << 7 | 1 << 11, 26: 0}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_an_arm_processor_is_asked_for_its_features(
     monkeypatch: pytest.MonkeyPatch, cpu: str, reason: str | None
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(_machine, "_cpuinfo", lambda key: PI.get(key, ""))
+    monkeypatch.setattr(_machine, "_auxiliary_vector", lambda: PI)
     machine = _machine.named(cpu)
     manifest = _manifest.Manifest(
         **{field.name: "" for field in dataclasses.fields(_manifest.Manifest)}  # type: ignore[arg-type]

@@ -115,8 +115,8 @@ def test_sizes_of_two_names_may_not_meet(tmp_path: Path) -> None:
 
 
 def test_an_op_of_one_shape_is_named(tmp_path: Path) -> None:
-    text = f"{HEADER} g (float[n,3] x) => (float[n,3] y) {{ a = Constant<value_int=1>() y = CumSum(x, a) }}"
-    with pytest.raises(targets.TargetError, match=r"CumSum .*: its inputs are nx3, .*built for one shape; fix n with"):
+    text = f"{HEADER} g (float[n,3] x) => (float[k,3] y) {{ i = Constant<value_int=2>() y, j = TopK<axis=0>(x, i) }}"
+    with pytest.raises(targets.TargetError, match=r"TopK .*: its inputs are nx3, .*built for one shape; fix n with"):
         targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
 
 
@@ -160,3 +160,38 @@ def test_an_artefact_runs_every_size_and_says_what_is_open(tmp_path: Path) -> No
         y = artefact.run({"x": x, "w": w})
         np.testing.assert_allclose(y["y"], np.maximum(x @ normal(8, 16), 0), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(y["v"], -w)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("shape", ["s,b", "s,2", "5,b"])
+def test_recurrent_ops(op: str, gates: int, shape: str) -> None:
+    batch = shape.rpartition(",")[2]
+    text = f"""g (float[{shape},12] x, float[2,{batch},20] h) => (float[d,2,{batch},20] y, float[2,{batch},20] last) {{
+        y, last = {op}<hidden_size=20, direction="bidirectional">(x, w, r, c, , h) }}"""
+    weights = {"w": normal(2, gates * 20, 12), "r": normal(2, gates * 20, 20, seed=1), "c": normal(2, gates * 40)}
+    check(text, weights, sizes=SIZES)
+
+
+@pytest.mark.slow
+def test_rows_that_are_a_multiple() -> None:
+    text = """g (float[s,2,48] x, float[b,s,64] z) => (float[s,2,96] y, float[m,s,s] q) {
+        flat = Constant<value_ints=[-1,48]>() f = Reshape(x, flat) h = MatMul(f, w) r = Relu(h)
+        pairs = Constant<value_ints=[-1,2,96]>() y = Reshape(r, pairs)
+        heads = Constant<value_ints=[0,0,4,16]>() z4 = Reshape(z, heads) z5 = Transpose<perm=[0,2,1,3]>(z4)
+        shape = Shape(z) zero = Constant<value_ints=[0]>() one = Constant<value_ints=[1]>()
+        batch = Gather(shape, zero) length = Gather(shape, one) four = Constant<value_ints=[4]>()
+        width = Constant<value_ints=[16]>() all = Mul(batch, four) matrices = Concat<axis=0>(all, length, width)
+        a = Reshape(z5, matrices) t = Transpose<perm=[0,2,1]>(a) q = MatMul(a, t) }"""
+    check(text, {"w": normal(48, 96)}, sizes=SIZES)
+
+
+@pytest.mark.slow
+def test_norms_and_rearrangements() -> None:
+    text = """g (float[b,8,4,4] x, float[b,s,6] z) => (float[b,8,4,4] y, float[b,8,4,4] v, float[b,8,4,4] n,
+                                                      float[b,s,6] c, float[b,2,8,8] d, float[b,t,6] p) {
+        y = InstanceNormalization(x, w, u) v = GroupNormalization<num_groups=2>(x, w, u)
+        n = BatchNormalization(x, w, u, u, one) a = Constant<value_int=1>() c = CumSum(z, a)
+        d = DepthToSpace<blocksize=2>(x) pads = Constant<value_ints=[0,2,0,0,1,0]>() p = Pad(z, pads) }"""
+    weights = {"w": normal(8), "u": normal(8, seed=1), "one": np.ones(8, np.float32)}
+    check(text, weights, sizes=SIZES)

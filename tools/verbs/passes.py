@@ -16,12 +16,13 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
     from mc_opt.tools import _describe
 
     entries = [_describe.entry(name, passes.find_pass(name)) for name in names or passes.pass_names()]
-    if as_json:
-        _console.print_json(entries)
-    elif names:
-        for entry in entries:
-            _describe.print_entry(entry)
-    else:
-        rows = [(e["name"], e["family"], "yes" if e["exact"] else "no", e["summary"]) for e in entries]
-        _console.print_table(("pass", "family", "exact", "what it does"), sorted(rows, key=lambda r: (r[1], r[0])))
-        click.echo("\nOptions of one: mc-opt passes NAME. In a list: --passes 'a,b{option=value other=value}'")
+    if not (names or as_json):
+        entries.sort(key=lambda e: (e["family"], e["name"]))
+    _describe.print_entries(
+        entries,
+        long=bool(names),
+        as_json=as_json,
+        columns=("pass", "family", "exact", "what it does"),
+        row=lambda e: (e["name"], e["family"], "yes" if e["exact"] else "no", e["summary"]),
+        hint="Options of one: mc-opt passes NAME. In a list: --passes 'a,b{option=value other=value}'",
+    )

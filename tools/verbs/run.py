@@ -106,7 +106,7 @@ def _joined(values: list[Any]) -> Any:
     """Samples along a new first axis, or along a first axis of 1, as --data takes them."""
     import numpy as np
 
-    if values[0].ndim and all(v.shape[0] == 1 for v in values):
+    if values[0].ndim and len({(1, *v.shape[1:]) for v in values} | {v.shape for v in values}) == 1:
         return np.concatenate(values)
     if len({v.shape for v in values}) > 1:
         from mc_opt import ir

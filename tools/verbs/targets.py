@@ -16,11 +16,11 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
     from mc_opt.tools import _describe
 
     entries = [_describe.entry(name, targets.find_target(name)) for name in names or targets.target_names()]
-    if as_json:
-        _console.print_json(entries)
-    elif names:
-        for entry in entries:
-            _describe.print_entry(entry)
-    else:
-        _console.print_table(("target", "what it is"), [(e["name"], e["summary"]) for e in entries])
-        click.echo("\nOptions of one: mc-opt targets NAME. In a list: --target 'onnx,x86{option=value}'")
+    _describe.print_entries(
+        entries,
+        long=bool(names),
+        as_json=as_json,
+        columns=("target", "what it is"),
+        row=lambda e: (e["name"], e["summary"]),
+        hint="Options of one: mc-opt targets NAME. In a list: --target 'onnx,x86{option=value}'",
+    )
