@@ -209,3 +209,80 @@ def test_parameters_and_work_of_a_candidate() -> None:
     first, second = 4 * 2 * 2 * 16 * 9, 4 * 2 * 8 * 2  # R·C1·F2·C2·K, then R·F2·F1·C1
     assert work.mul == (first + second) * 100
     assert work.bytes == 4 * sum(math.prod(s) for s in shapes)
+
+
+WINDOW = {"strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
+
+
+def conv_node(shapes: list[tuple[int, ...]], channels: int = 6, bias: int = 0, **window: object) -> onnx_ir.Node:
+    x = onnx_ir.Value(
+        name="x", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(["n", channels, 8, "w"])
+    )
+    arrays = [np.zeros(shape, np.float32) for shape in shapes]
+    given_bias = np.zeros(bias, np.float32) if bias else None
+    return ir.node("SeKronConv", [x, given_bias, *arrays], {**WINDOW, **window}, output="y")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "change", "message"),
+    [
+        ([(2, 4, 6, 3, 3)], {}, "y: SeKronConv has 1 factors, expected at least 2; leave the layer dense"),
+        ([(2, 4, 3, 1, 1), (2, 2, 2, 3)], {}, r"factor 2 is \[2, 2, 2, 3\], expected the rank of factor 1"),
+        ([(4, 3), (2, 2)], {}, r"factor 1 is \[4, 3\], expected \[ranks.., outputs, inputs, kernel..\]"),
+        ([(2, 4, 3, 1, 1), (3, 2, 2, 3, 3)], {}, r"rank axis 0 is \[2, 3\] in the factors, expected 1 or one number"),
+        ([(2, 4, 3, 1, 1), (1, 2, 2, 3, 3)], {}, r"rank axis 0 is \[2, 1\] in the factors, expected at least two"),
+        ([(2, 4, 3, 1, 1), (2, 2, 3, 3, 3)], {}, "x has 6 channels, expected 9, group times the product"),
+        ([(2, 4, 1, 1, 1), (2, 2, 2, 3, 3)], {"group": 3}, "group is 3, expected a divisor of F_1 = 4"),
+        ([(2, 4, 3, 1, 1), (2, 2, 2, 3, 3)], {"bias": 4}, r"bias is FLOAT\[4\], expected FLOAT\[8\]"),
+        ([(2, 4, 3, 1, 1), (2, 2, 2, 3, 3)], {"pads": [1, 1]}, r"pads is \[1, 1\], expected 4 numbers of at least 0"),
+        ([(2, 4, 3, 1, 1), (2, 2, 2, 3, 3)], {"strides": [0, 1]}, r"strides is \[0, 1\], expected 2 numbers"),
+    ],
+)
+def test_refuses(shapes: list[tuple[int, ...]], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ir.IRError, match=message):
+        conv_node(shapes, **change)
+
+
+def test_linear_refuses_another_width() -> None:
+    x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT), shape=onnx_ir.Shape(["n", 7]))
+    arrays = [np.zeros((2, 4, 3), np.float32), np.zeros((2, 2, 2), np.float32)]
+    with pytest.raises(ir.IRError, match="the last axis of x is 7, expected 6, the product of the factors' inputs"):
+        ir.node("KronLinear", [x, None, *arrays], output="y")
+
+
+def test_layers_of_one_kind_share_a_function() -> None:
+    """Sizes, strides and pads are no part of the body; a kernel that two factors own is."""
+    small = conv_node([(2, 4, 3, 1, 1), (2, 2, 2, 3, 3)])
+    large = conv_node([(5, 8, 4, 1, 1), (5, 3, 3, 5, 5)], 12, pads=[2] * 4, strides=[2, 2])
+    split = conv_node([(2, 4, 3, 3, 1), (2, 2, 2, 1, 3)], pads=[1] * 4)
+    assert small.overload == large.overload != split.overload
+
+
+def test_sizes_that_the_window_keeps_stay_symbolic() -> None:
+    kept = conv_node([(2, 4, 3, 1, 1), (2, 2, 2, 3, 3)], pads=[1] * 4).outputs[0]
+    assert list(kept.shape) == ["n", 8, 8, "w"]
+    cut = conv_node([(2, 4, 3, 1, 1), (2, 2, 2, 3, 3)], strides=[2, 2]).outputs[0]
+    assert list(cut.shape)[:3] == ["n", 8, 3]
+    assert cut.shape[3].value is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rows"),
+    [
+        ([(5, 4, 3, 1, 1), (5, 2, 2, 3, 3)], [(1,), (0, 1)]),  # the inner factor makes the ranks, the outer sums them
+        ([(1, 5, 8, 1, 1, 1), (4, 5, 1, 1, 3, 3), (4, 1, 1, 6, 1, 1)], [(2,), (1, 2), (0, 2)]),  # Tucker
+        ([(2, 1, 4, 3, 1, 1), (2, 3, 2, 1, 3, 3), (2, 3, 1, 2, 1, 1)], [(2,), (0, 2), (0, 1, 2)]),  # the free form
+    ],
+)
+def test_factors_are_sites_in_rows_of_their_stages_sums(
+    shapes: list[tuple[int, ...]], rows: list[tuple[int, ...]]
+) -> None:
+    rng = np.random.default_rng(0)
+    factors = tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    model = model_of(
+        Layer(factors, len(shapes[0]) - 4, WINDOW, np.zeros((1, 6, 5, 5), np.float32), None), symbolic=True
+    )
+    sites = [site for site in ir.weight_sites(model) if isinstance(site, ir.WeightSite)]
+    assert [(s.layer, s.kind, s.axes) for s in sites] == [
+        (f"w.factor{k + 1}", "SeKronConv", axes) for k, axes in enumerate(rows)
+    ]
