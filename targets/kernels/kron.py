@@ -2,15 +2,16 @@
 
 Between stages the channel axis is a list of dimensions, slowest first: the input channels c_1 .. c_k that are still to
 be summed, the live rank indices, the output channels f_(k+1) .. f_S made so far. A stage of factor k sums over c_k and
-the ranks that end with it; what stands before them is only more positions.
+the ranks that end with it. What stands before these is only more positions of a product or convolution; what stands
+behind them goes into vectors (`kron_left`). Only where neither fits are dimensions moved.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir
@@ -19,101 +20,75 @@ from tvm import relax, te
 from mc_opt import ir
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
-from mc_opt.targets._relax.emitter import Emitter, Handler, transposed
-from mc_opt.targets.kernels import _weights, conv, gemm
+from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets.kernels import _decode, _weights, conv, gemm, kron_left
+from mc_opt.targets.kernels._kron_chain import Order, Place, Running, order_of
+from mc_opt.targets.kernels.kron_left import Block
+
+# A number that is read, moved and written in a transposition takes as long as so many of a vector's multiply-adds.
+_MOVE = 16
+
+Bias: TypeAlias = np.ndarray | relax.Expr | None
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage stands: dimensions before its own, its groups, what it sums over, behind, and what it makes."""
+class Step:
+    """A stage: where it stands, its factor in a convolution's order, its window."""
 
-    before: tuple[str, ...]
-    groups: tuple[str, ...]
-    summed: tuple[str, ...]
-    behind: tuple[str, ...]
-    made: tuple[str, ...]
+    place: Place
+    factor: onnx_ir.Value
+    order: Order
+    window: conv.Window
 
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The dimensions in the order that a convolution or product takes."""
+        return (*self.place.before, *self.place.behind, *self.place.groups, *self.place.summed)
 
-class Running:
-    """The tensor between stages, [*positions, Π order], and the extents of the dimensions of its last axis."""
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What it does not sum over."""
+        return (*self.place.before, *self.place.behind)
 
-    def __init__(self, e: Emitter, x: relax.Expr, chain: ir.Chain, group: int) -> None:
-        self.e, self.x, self.chain = e, x, chain
-        numbers = range(1, len(chain.shapes) + 1)
-        self.extents = {"g": group}
-        self.extents |= {f"c{k}": chain.inputs(k) for k in numbers} | {f"f{k}": chain.outputs(k) for k in numbers}
-        self.extents |= {f"r{r}": chain.rank(r) for r in range(chain.ranks)}
-        self.extents["f1"] //= group
-        self.order = self.real(["g", *(f"c{k}" for k in numbers)])
-
-    def real(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The dimensions that are longer than 1."""
-        return tuple(name for name in names if self.extents[name] > 1)
-
-    def size(self, names: Sequence[str]) -> int:
-        """The product of extents."""
-        return math.prod(self.extents[name] for name in names)
-
-    def place(self, stage: ir.Stage) -> Place:
-        """Where a stage stands in the present order."""
-        k = stage.factor
-        groups = [*(["g"] if k == 1 else []), *(f"r{r}" for r in stage.grouped)]
-        summed = [f"c{k}", *(f"r{r}" for r in stage.summed)]
-        own = [d for d in self.order if d in groups or d in summed]
-        # Without channels of its own a stage puts what it makes behind the inputs that are still to be summed.
-        first = self.order.index(own[0]) if own else sum(d[0] in "gc" for d in self.order)
-        return Place(
-            before=tuple(d for d in self.order[:first] if d not in own),
-            groups=tuple(d for d in own if d in groups),
-            summed=tuple(d for d in own if d in summed),
-            behind=tuple(d for d in self.order[first:] if d not in own),
-            made=self.real([*(f"r{r}" for r in stage.made), f"f{k}"]),
+    @property
+    def is_product(self) -> bool:
+        """Whether every position is read once, where it stands, by all outputs."""
+        window = self.window
+        return (
+            not self.place.groups and set(window.kernel) | set(window.strides) <= {1} and not any(map(any, window.pads))
         )
 
-    def arrange(self, order: Sequence[str]) -> None:
-        """Move the dimensions into another order."""
-        if tuple(order) == self.order:
-            return
-        positions = dims.sizes(self.x)[:-1]
-        view = self.e.reshape(self.x, [*positions, *(self.extents[d] for d in self.order)])
-        perm = [*range(len(positions)), *(len(positions) + self.order.index(d) for d in order)]
-        moved = self.e.te(functools.partial(transposed, perm=perm), view, name="transpose")
-        self.x = self.e.reshape(moved, [*positions, self.size(order)])
-        self.order = tuple(order)
+
+def sekron_conv(e: Emitter, node: onnx_ir.Node) -> None:
+    """SeKronConv as one convolution or product a factor."""
+    x, bias, *factors = node.inputs
+    assert x is not None
+    chain = _chain(e, factors, len(e.shape(x)) - 2)
+    lists = {name: tuple(e.attribute(node, name, ())) for name in ("strides", "dilations", "pads")}
+    given = ir.stage_windows(chain, lists["strides"], lists["dilations"], lists["pads"])
+    windows = [_window(chain, lists if own is None else own, k + 1) for k, own in enumerate(given)]
+    running = Running(e, e.nhwc(x), chain, group=int(e.attribute(node, "group", 1)))
+    e.set(node.outputs[0], _run(running, factors, windows, bias), "nhwc")
 
 
-@dataclass(frozen=True)
-class Order:
-    """A factor as a convolution's weight: its axes moved, then [groups · made, summed, *kernel]."""
-
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def __call__(self, factor: np.ndarray) -> np.ndarray:
-        """The factor, or its codes, in this order."""
-        return factor.transpose(self.axes).reshape(self.shape)
-
-    def computed(self, e: Emitter, factor: relax.Expr) -> relax.Expr:
-        """A factor that the model computes, in this order."""
-        moved = e.te(functools.partial(transposed, perm=self.axes), factor, name="transpose")
-        return e.reshape(moved, self.shape)
+def kron_linear(e: Emitter, node: onnx_ir.Node) -> None:
+    """KronLinear as one matrix product a factor."""
+    x, bias, *factors = node.inputs
+    assert x is not None
+    chain = _chain(e, factors, 0)
+    *lead, inputs = e.shape(x)
+    rows = e.plain(x) if lead else e.reshape(e.plain(x), [1, inputs])
+    running = Running(e, rows, chain, reverse=chain.runs_reversed())
+    y = _run(running, factors, [conv.Window((), (), (), ())] * len(factors), bias)
+    e.set(node.outputs[0], e.reshape(y, [*lead, running.size(running.order)]))
 
 
-def order_of(chain: ir.Chain, stage: ir.Stage, place: Place) -> Order:
-    """How the factor of a stage is to be read."""
-    shape = chain.shapes[stage.factor - 1]
-    names = [*(f"r{r}" for r in range(chain.ranks)), f"f{stage.factor}", f"c{stage.factor}"]
-    outer = [d for d in (*place.groups, *place.made) if d in names]
-    if "g" in place.groups and f"f{stage.factor}" not in outer:  # as many outputs as groups
-        outer.append(f"f{stage.factor}")
-    inner = [d for d in place.summed if d in names]
-    rest = [d for d in names if d not in outer and d not in inner]  # of extent 1
-    axes = (*(names.index(d) for d in (*outer, *rest, *inner)), *range(len(names), len(shape)))
-    rows, columns = (math.prod(shape[names.index(d)] for d in part) for part in (outer, inner))
-    return Order(axes, (rows, columns, *shape[len(names) :]))
+def _chain(e: Emitter, factors: Sequence[onnx_ir.Value | None], spatial: int) -> ir.Chain:
+    shapes = tuple(tuple(int(d) for d in e.shape(v)) for v in factors if v is not None)
+    return ir.Chain(shapes, len(shapes[0]) - 2 - spatial)
 
 
-def _stage_window(chain: ir.Chain, given: dict[str, tuple[int, ...]], factor: int) -> conv.Window:
+def _window(chain: ir.Chain, given: dict[str, tuple[int, ...]], factor: int) -> conv.Window:
     n = chain.spatial
     pads = given.get("pads", (0,) * (2 * n))
     return conv.Window(
@@ -124,158 +99,163 @@ def _stage_window(chain: ir.Chain, given: dict[str, tuple[int, ...]], factor: in
     )
 
 
-def _is_product(window: conv.Window) -> bool:
-    """Whether every position is read once, where it stands."""
-    return set(window.kernel) | set(window.strides) <= {1} and not any(map(any, window.pads))
-
-
-def sekron_conv(e: Emitter, node: onnx_ir.Node) -> None:
-    """SeKronConv as one convolution or product a factor."""
-    x, bias, *factors = node.inputs
-    assert x is not None
-    chain = _chain(e, factors, len(e.shape(x)) - 2)
-    n = chain.spatial
-    lists = {name: tuple(e.attribute(node, name, ())) for name in ("strides", "dilations", "pads")}
-    given = ir.stage_windows(chain, lists["strides"], lists["dilations"], lists["pads"])
-    running = Running(e, e.nhwc(x), chain, int(e.attribute(node, "group", 1)))
-    stages = chain.stages()
-    for stage in stages:
-        own = given[stage.factor - 1]
-        window = _stage_window(chain, lists if own is None else own, stage.factor)
-        value = factors[stage.factor - 1]
-        assert value is not None
-        place = running.place(stage)
-        last = stage is stages[-1]
-        added = _bias(e, bias) if last and not place.behind else None
-        running.arrange([*place.before, *place.behind, *place.groups, *place.summed])
-        if _is_product(window) and not place.groups and not last:
-            _multiply(running, stage, place, value)
-        else:
-            _convolve(running, stage, place, value, window, added)
-    running.arrange(running.real(["g", *(f"f{k + 1}" for k in range(len(factors)))]))
-    y = running.x
-    if bias is not None and added is None:
-        y = e.te(_plus, y, e.plain(bias), name="bias")
-    assert len(y.ty.shape) == n + 2
-    e.set(node.outputs[0], y, "nhwc")
-
-
-def kron_linear(e: Emitter, node: onnx_ir.Node) -> None:
-    """KronLinear as one matrix product a factor."""
-    x, bias, *factors = node.inputs
-    assert x is not None
-    chain = _chain(e, factors, 0)
-    *lead, inputs = e.shape(x)
-    a = e.plain(x)
-    running = Running(e, a if lead else e.reshape(a, [1, inputs]), chain, 1)
-    stages = chain.stages(reverse=chain.runs_reversed())
-    for stage in stages:
-        value = factors[stage.factor - 1]
-        assert value is not None
-        place = running.place(stage)
-        added = _bias(e, bias) if stage is stages[-1] and not place.behind else None
-        running.arrange([*place.before, *place.behind, *place.groups, *place.summed])
-        if place.groups:
-            _convolve(running, stage, place, value, conv.Window((), (), (), ()), added)
-        else:
-            _multiply(running, stage, place, value, added)
-    running.arrange(running.real([f"f{k + 1}" for k in range(len(factors))]))
-    y = running.x
-    if bias is not None and added is None:
-        y = e.te(_plus, y, e.plain(bias), name="bias")
-    e.set(node.outputs[0], e.reshape(y, [*lead, running.size(running.order)]))
-
-
-def _chain(e: Emitter, factors: Sequence[onnx_ir.Value | None], spatial: int) -> ir.Chain:
-    shapes = tuple(tuple(int(d) for d in e.shape(v)) for v in factors if v is not None)
-    return ir.Chain(shapes, len(shapes[0]) - 2 - spatial)
-
-
-def _bias(e: Emitter, bias: onnx_ir.Value | None) -> np.ndarray | relax.Expr | None:
-    if bias is None:
-        return None
-    array = e.constant(bias)
-    return e.plain(bias) if array is None else array
-
-
-def _multiply(
+def _run(
     running: Running,
-    stage: ir.Stage,
-    place: Place,
-    value: onnx_ir.Value,
-    bias: np.ndarray | relax.Expr | None = None,
-) -> None:
-    """A stage without taps and groups: rows are positions and all dimensions that it does not sum over."""
+    factors: Sequence[onnx_ir.Value | None],
+    windows: Sequence[conv.Window],
+    bias: onnx_ir.Value | None,
+) -> relax.Expr:
+    """All stages: the result, [*positions, Π F_k]."""
     e, chain = running.e, running.chain
-    positions = dims.sizes(running.x)[:-1]
-    kept = (*place.before, *place.behind)
-    columns, depth = running.size(place.made), running.size(place.summed)
-    lead, rows = _rows(positions, running.size(kept))
-    a = e.reshape(running.x, [*lead, rows, depth])
-    tile = gemm.tile_for(dims.sizes(a)[-2], columns, e)
-
-    order = order_of(chain, stage, place)
-
-    def pack(factor: np.ndarray) -> np.ndarray:
-        return _weights.pack_columns(order(factor).reshape(columns, depth).T, tile.columns)
-
-    b = _weights.packed(e, value, pack)
-    if b is None:
-        matrix = e.reshape(order.computed(e, e.plain(value)), (columns, depth))
-        b = gemm.pack_dynamic(e, matrix, tile.columns, transposed=True)
-    added = e.weight(bias) if isinstance(bias, np.ndarray) else bias
-    y = gemm.product(e, a, b, added, tile=tile, columns=columns)
-    running.order = (*kept, *place.made)
-    running.x = e.reshape(y, [*positions, running.size(running.order)])
-
-
-def _rows(positions: Sequence[Dim], kept: int) -> tuple[list[Dim], Dim]:
-    """Positions, `kept` times each, as rows of a product, and what leads them.
-
-    Open positions and others are not multiplied: that tiles cover a multiple of an open number cannot be proven.
-    """
-    first = max((k + 1 for k, p in enumerate(positions) if not isinstance(p, int)), default=0)
-    rows = math.prod(positions[first:]) * kept
-    if rows == 1 and first:
-        return list(positions[: first - 1]), positions[first - 1]
-    return list(positions[:first]), rows
-
-
-def _convolve(
-    running: Running,
-    stage: ir.Stage,
-    place: Place,
-    value: onnx_ir.Value,
-    window: conv.Window,
-    bias: np.ndarray | relax.Expr | None,
-) -> None:
-    """A stage as a convolution; dimensions that it does not sum over are one more axis of positions."""
-    e, chain = running.e, running.chain
-    positions = dims.sizes(running.x)[:-1]
-    kept, channels = (*place.before, *place.behind), (*place.groups, *place.summed)
-    view = running.x
-    deep = bool(kept) or not chain.spatial
-    if deep:
-        view = e.reshape(view, [*_batch(positions, chain), running.size(kept), running.size(channels)])
-        window = conv.Window((*window.kernel, 1), (*window.strides, 1), (*window.dilations, 1), (*window.pads, (0, 0)))
-
-    order = order_of(chain, stage, place)
-    shape = (*order.shape, 1) if deep else order.shape
-    held = conv.constant_weight(e, value, shape, lambda factor: order(factor).reshape(shape))
-    if held is None:
-        held = conv.computed_weight(e, e.reshape(order.computed(e, e.plain(value)), shape))
-    y = conv.convolution(e, view, held, bias, window=window, groups=running.size(place.groups), name="kron")
-    running.order = (*kept, *place.groups, *place.made)
-    outer = dims.sizes(y)[:-2] if deep else dims.sizes(y)[:-1]
-    running.x = e.reshape(y, [*(outer if chain.spatial else positions), running.size(running.order)])
+    final = running.real(["g", *(f"f{k + 1}" for k in range(len(factors)))])
+    pending = bias
+    stages = chain.stages(reverse=running.reverse)
+    for stage in stages:
+        factor, place, last = factors[stage.factor - 1], running.place(stage), stage is stages[-1]
+        assert factor is not None
+        step = Step(place, factor, order_of(chain, stage, place), windows[stage.factor - 1])
+        block = _left(running, step)
+        if block is None:
+            running.arrange(step.moved)
+            after = (*step.kept, *place.groups, *place.made)
+        else:
+            after = (*block.kept, *place.groups, *place.made, *block.lanes)
+        added: Bias = None
+        # Only a product from the left writes all channels of a position at once where some are kept.
+        if pending is not None and last and after == final and (block is not None or not step.kept):
+            array = e.constant(pending)
+            added, pending = (e.plain(pending) if array is None else array), None
+        positions = running.positions
+        if block is not None:
+            y, positions = _multiply_left(running, step, block, added)
+        elif chain.spatial and (last or not step.is_product):
+            y, positions = _convolve(running, step, added)
+        elif place.groups:
+            y = _multiply_groups(running, step, added)
+        else:
+            y = _multiply(running, step, added)
+        running.set(y, positions, after)
+    running.arrange(final)
+    y = running.result()
+    return y if pending is None else e.te(_plus, y, e.plain(pending), name="bias")
 
 
 def _plus(y: te.Tensor, bias: te.Tensor) -> te.Tensor:
     return te.compute(y.shape, lambda *i: y(*i) + bias(i[-1]), name="bias")
 
 
-def _batch(positions: Sequence[Dim], chain: ir.Chain) -> list[Dim]:
-    return list(positions) if chain.spatial else [dims.product(positions)]
+def _left(running: Running, step: Step) -> Block | None:
+    """The channels for a product from the left; None where another kernel is better."""
+    e, place, order = running.e, step.place, running.order
+    own = {*place.groups, *place.summed}
+    count = next((k for k, d in enumerate(reversed(order)) if d in own), len(order))
+    lanes = order[len(order) - count :]
+    if not lanes or not (place.behind or _may_stand_behind(running, step)):
+        return None
+    if e.constant(step.factor) is None:
+        lookup = e.lookup(step.factor)
+        if lookup is None or not _decode.fits(lookup, lambda factor: kron_left.pack(step.order(factor), 1, 1)):
+            return None
+    vectors, made, depth = (running.size(names) for names in (lanes, place.made, place.summed))
+    taps = math.prod(step.window.kernel)
+    wide = e.machine.lanes
+    left = made * vectors * depth * taps * wide // math.gcd(vectors, wide)
+    right = -(-made // wide) * wide * vectors * depth * taps
+    if place.behind:
+        right += _MOVE * vectors * (depth + made)
+    if left > right:
+        return None
+    kept = tuple(d for d in order if d not in own and d not in lanes)
+    return Block(running.extents, order, place.groups, place.summed, kept, lanes)
+
+
+def _may_stand_behind(running: Running, step: Step) -> bool:
+    """Whether a stage that sums over no channels may put what it makes in front of them: it makes ranks only."""
+    place = step.place
+    return not place.groups and not place.summed and all(d[0] == "r" for d in place.made)
+
+
+def _multiply_left(running: Running, step: Step, block: Block, bias: Bias) -> tuple[relax.Expr, list[Dim]]:
+    """What stands behind the stage's channels in vectors."""
+    e, place = running.e, step.place
+    groups = running.size(place.groups)
+
+    def weight(columns: int) -> relax.Expr:
+        expr = _weights.packed(e, step.factor, lambda factor: kron_left.pack(step.order(factor), groups, columns))
+        assert expr is not None  # `_left` saw to it
+        return expr
+
+    made = step.order.shape[0] // groups
+    x = running.view([*running.positions, *(running.extents[d] for d in running.order)])
+    return kron_left.product(e, x, block, weight, outputs=made, window=step.window, bias=_expr(e, bias))
+
+
+def _multiply(running: Running, step: Step, bias: Bias) -> relax.Expr:
+    """Rows are positions and all dimensions that the stage does not sum over."""
+    e, order = running.e, step.order
+    columns, depth = order.shape[:2]
+    lead, rows = _rows(running.positions, running.size(step.kept), flat=running.chain.spatial > 0)
+    a = running.view([*lead, rows, depth])
+    tile = gemm.tile_for(rows, columns, e)
+
+    def pack(factor: np.ndarray) -> np.ndarray:
+        return _weights.pack_columns(order(factor).reshape(columns, depth).T, tile.columns)
+
+    b = _weights.packed(e, step.factor, pack)
+    if b is None:
+        matrix = e.reshape(order.computed(e, e.plain(step.factor)), (columns, depth))
+        b = gemm.pack_dynamic(e, matrix, tile.columns, transposed=True)
+    return gemm.product(e, a, b, _expr(e, bias), tile=tile, columns=columns)
+
+
+def _rows(positions: Sequence[Dim], kept: int, *, flat: bool) -> tuple[list[Dim], Dim]:
+    """Positions, `kept` times each, as rows of a product, and what leads them; all rows in one axis if `flat`.
+
+    Open positions and others are not multiplied: that tiles cover a multiple of an open number cannot be proven.
+    """
+    *lead, last = positions
+    if not isinstance(last, int):
+        return (lead, last) if kept == 1 else ([*positions], kept)
+    first = max((k + 1 for k, p in enumerate(lead) if not isinstance(p, int)), default=0)
+    if flat or last * kept < 4:
+        return lead[:first], math.prod(lead[first:]) * last * kept
+    return lead, last * kept
+
+
+def _convolve(running: Running, step: Step, bias: Bias) -> tuple[relax.Expr, list[Dim]]:
+    """Dimensions that the stage does not sum over are one more axis of positions."""
+    e, place, window, shape = running.e, step.place, step.window, step.order.shape
+    kept, channels = running.size(step.kept), running.size((*place.groups, *place.summed))
+    deep = kept > 1
+    if deep:
+        window = conv.Window((*window.kernel, 1), (*window.strides, 1), (*window.dilations, 1), (*window.pads, (0, 0)))
+        shape = (*shape, 1)
+    view = running.view([*running.positions, *([kept] if deep else []), channels])
+    y = conv.convolution(
+        e, view, _weight(e, step, shape), bias, window=window, groups=running.size(place.groups), name="kron"
+    )
+    return y, dims.sizes(y)[: len(running.positions)]
+
+
+def _multiply_groups(running: Running, step: Step, bias: Bias) -> relax.Expr:
+    """A product with a matrix a group: a convolution of which every row is a picture."""
+    e, place = running.e, step.place
+    channels = running.size((*place.groups, *place.summed))
+    view = running.view([dims.product(running.positions), running.size(step.kept), channels])
+    weight = _weight(e, step, (*step.order.shape, 1))
+    window = conv.Window((1,), (1,), (1,), ((0, 0),))
+    return conv.convolution(e, view, weight, bias, window=window, groups=running.size(place.groups), name="kron")
+
+
+def _weight(e: Emitter, step: Step, shape: Sequence[int]) -> conv.Weight:
+    held = conv.constant_weight(e, step.factor, shape, lambda factor: step.order(factor).reshape(shape))
+    if held is not None:
+        return held
+    return conv.computed_weight(e, e.reshape(step.order.computed(e, e.plain(step.factor)), shape))
+
+
+def _expr(e: Emitter, bias: Bias) -> relax.Expr | None:
+    return e.weight(bias) if isinstance(bias, np.ndarray) else bias
 
 
 HANDLERS: dict[str, Handler] = {"mc_opt.SeKronConv": sekron_conv, "mc_opt.KronLinear": kron_linear}
