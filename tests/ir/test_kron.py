@@ -182,7 +182,7 @@ def test_other_ranks_of_convolution_are_the_dense_one(spatial: int, data: st.Dat
 
 
 @pytest.mark.torch
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layers(spatial=0))
 def test_factored_product_is_the_dense_one(layer: Layer) -> None:
     sweep(layer)
