@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
     from mc_opt.ir.io.weightless import weightless
     from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
-    from mc_opt.ir.ops._kron import Chain, Stage, dense_work, factored_work, kron_weight, stage_positions
+    from mc_opt.ir.ops._kron import (
+        Chain,
+        Stage,
+        dense_work,
+        factored_work,
+        kron_weight,
+        stage_multiplications,
+        stage_positions,
+    )
     from mc_opt.ir.ops._packing import Geometry, canonical, pack_codes, restore, unpack_codes
     from mc_opt.ir.ops.fake_lookup import nearest_codes
     from mc_opt.ir.ops.lookup import decode
@@ -104,6 +112,7 @@ _EXPORTS = {
     "Stage": "ops._kron",
     "dense_work": "ops._kron",
     "factored_work": "ops._kron",
+    "stage_multiplications": "ops._kron",
     "kron_weight": "ops._kron",
     "stage_positions": "ops._kron",
     "stage_windows": "ops.sekron_conv",

@@ -18,15 +18,16 @@ from mc_opt import ir
 from mc_opt.passes._factor import Factors, Structure, relative_error
 from mc_opt.passes._factor_cp import sweep_cost
 from mc_opt.passes._factor_fit import fit
-from mc_opt.passes._plan_form import Form, forms, with_ranks
-from mc_opt.passes._plan_ranks import Goal, Spectra, cp_rank, search
-from mc_opt.passes._plan_time import Place, dense_time, factored_time, factored_work
+from mc_opt.passes._plan_form import STRUCTURES, Form, forms, with_ranks
+from mc_opt.passes._plan_ranks import Goal, Spectra, cp_rank, room, search
+from mc_opt.passes._plan_time import Place, dense_time, factored_time, most_multiplications, stage_loads
 
-EFFORT = 4.0  # seconds a layer for singular values, by estimate
+EFFORT = 0.6  # seconds a layer for singular values, by estimate
 _FIT_EFFORT = 2.0  # seconds for the fewest sweeps of a cp form that is looked at beside other structures
-_REFINABLE = 1.3  # a prediction above the best one by this factor is not made good by a fit
-_NEAR = 1.02  # errors within this factor are the same: then the faster wins
-_SHRINK = 8  # attempts to meet a share of the multiplications
+_NEAR = 1.05  # errors within this factor are the same: then the faster wins
+# A fit may bring an error below its prediction by this factor: a bound, a truncation or, of gkpd, the error itself.
+_REFINABLE: dict[Structure, float] = {"gkpd": 1.0, "tucker": 1.08, "tt": 1.2, "sekron": 1.2, "cp": 1.0}
+_ROOM = 0.6  # of the asked size must be usable within the time, or a form is not worth its singular values
 
 
 @dataclass(frozen=True)
@@ -110,30 +111,32 @@ def choose(layer: Layer, asked: Asked, *, seed: int) -> Chosen | ir.Skip:
         return ir.Skip("all its weights are 0; there is nothing to approximate")
     dense = dense_time(layer.place, layer.weight.shape)
     limit = dense if asked.limit_time and not layer.table else math.inf
-    found = [c for c in _candidates(layer, asked, spectra, limit) if c is not None]
+    found = [c for c in _candidates(layer, asked, spectra, limit) if c is not None and c.nanoseconds <= limit]
     if not found:
-        return ir.Skip(_nothing(layer, asked))
-    fast = [c for c in found if c.nanoseconds <= limit]
-    if not fast:
-        best = min(found, key=lambda c: c.nanoseconds)
-        return ir.Skip(
-            f"would be slower: {best} is predicted to take {best.nanoseconds / 1e3:.1f} us, dense {dense / 1e3:.1f} us"
-        )
-    measured = [m for m in (_measured(layer, c, seed) for c in _finalists(fast, asked)) if _keeps(m[1], asked)]
+        return ir.Skip(_nothing(layer, asked, dense, limit))
+    measured = [m for m in (_measured(layer, c, seed) for c in _finalists(found, asked)) if _keeps(m[1], asked)]
     if not measured:
         return ir.Skip(f"error={asked.error:g}: no factors within it are smaller than the weight")
     best = _pick([candidate for _, candidate in measured], asked)
     return Chosen(next(factors for factors, candidate in measured if candidate is best), best, dense)
 
 
-def _nothing(layer: Layer, asked: Asked) -> str:
+def _nothing(layer: Layer, asked: Asked, dense: float, limit: float) -> str:
+    """Why no form is left: the size, or the time."""
     size, shape = layer.weight.size, " x ".join(map(str, layer.weight.shape))
+    fastest = _fastest(layer, asked)
+    if fastest is not None and fastest.nanoseconds > limit:
+        took, was = fastest.nanoseconds / 1e3, dense / 1e3
+        return f"would be slower: {fastest} is predicted to take {took:.1f} us, dense {was:.1f} us"
     if asked.ranks:
-        return (
-            f"ranks={','.join(map(str, asked.ranks))}: no factors of {shape} have them in {_most(layer, asked)} numbers"
-        )
+        ranks = ",".join(map(str, asked.ranks))
+        return f"ranks={ranks}: no factors of {shape} have them in {_most(layer, asked)} numbers"
     if asked.error:
-        return f"error={asked.error:g}: no factors of {shape} stay within it in fewer than {size} numbers"
+        return (
+            f"error={asked.error:g}: no factors of {shape} within it are both smaller than {size} numbers and no slower"
+        )
+    if asked.flops:
+        return f"flops={asked.flops:g}: no factors of {shape} keep to it"
     return f"no factors of {shape} fit in {_most(layer, asked)} numbers, {asked.ratio:g} of its {size}"
 
 
@@ -145,17 +148,33 @@ def _most(layer: Layer, asked: Asked) -> int:
 
 def _candidates(layer: Layer, asked: Asked, spectra: Spectra, limit: float) -> Iterator[Candidate | None]:
     """A candidate for every form that is worth looking at, the most promising first while there is effort left."""
-    goal = Goal(_most(layer, asked), asked.error or None, asked.ranks or None)
-    slow: list[Candidate] = []
-    for form in _by_promise(_listed(layer, asked), goal, layer):
-        sized = _sized(form, goal, layer)
-        if sized is not None and sized.nanoseconds > limit:
-            slow.append(sized)
+    goal = Goal(_most(layer, asked), error=asked.error or None, ranks=asked.ranks or None)
+    most, sized = math.inf, not (asked.error or asked.flops or asked.ranks)
+    if asked.flops:
+        most = asked.flops * ir.dense_work(layer.weight.shape, outputs=layer.place.outputs).mul
+    for form in _by_promise(_listed(layer, asked), goal, spectra):
+        own = dataclasses.replace(
+            goal,
+            multiplications=min(most, most_multiplications(layer.place, form, limit)),
+            loads=stage_loads(layer.place, form),
+        )
+        if sized and room(form, own) < _ROOM:
             continue
-        if form.structure != "cp" and spectra.effort < 0 and not _is_known(form, spectra):
+        if spectra.effort < 0 and not _is_known(form, spectra):
             continue
-        yield _within_flops(form, goal, layer, asked, spectra)
-    yield from slow
+        yield _of_form(form, own, layer, asked, spectra)
+
+
+def _fastest(layer: Layer, asked: Asked) -> Candidate | None:
+    """The fastest of the forms of two factors at the asked size, to say how far the layer is from gaining."""
+    goal = Goal(_most(layer, asked))
+    ranks = (
+        (form, min(goal.parameters // sum(form.sizes), *form.largest()))
+        for form in _listed(layer, asked)
+        if len(form.carriers) == 1
+    )
+    found = (_candidate(form, (rank,), None, layer) for form, rank in ranks if rank >= 1)
+    return min(found, key=lambda c: c.nanoseconds, default=None)
 
 
 def _listed(layer: Layer, asked: Asked) -> list[Form]:
@@ -167,6 +186,9 @@ def _listed(layer: Layer, asked: Asked) -> list[Form]:
             own = with_ranks(own, asked.ranks)
         if structure != "gkpd" and "gkpd" in asked.structures:
             own = [form for form in own if len(form.blocks) > 2]
+        known = {form.blocks for form in listed if len(form.blocks) == 3 and form.structure == "tucker"}
+        if structure == "tt":  # a chain of three factors is a Tucker form of two axes
+            own = [form for form in own if form.blocks not in known]
         listed += [form for form in own if form.splits_an_axis or not asked.split_only]
     return listed
 
@@ -175,48 +197,22 @@ def _is_known(form: Form, spectra: Spectra) -> bool:
     return form.structure == "gkpd" and not spectra.cost(form.blocks[0])
 
 
-def _by_promise(listed: Sequence[Form], goal: Goal, layer: Layer) -> list[Form]:
-    """Forms whose factors are whole axes first, then by what factors of these shapes keep of random weights."""
+def _by_promise(listed: Sequence[Form], goal: Goal, spectra: Spectra) -> list[Form]:
+    """Forms whose factors are whole axes first, cheap ones before; then by what such shapes keep of random weights."""
 
-    def promise(form: Form) -> tuple[bool, float]:
-        if form.structure != "gkpd":
-            return form.splits_an_axis, 0.0
-        small, large = sorted(form.sizes)
+    def promise(form: Form) -> tuple[bool, int, float]:
+        order = STRUCTURES.index(form.structure)
+        if not form.splits_an_axis:
+            return False, order, spectra.cost(form.blocks[0])
+        small, large = sorted((form.sizes[0], math.prod(form.sizes[1:])))
         share = min(1.0, goal.parameters / (small + large) / small)
-        return form.splits_an_axis, -min(1.0, share + 3.4 * math.sqrt(small / large) * share * (1 - share))
+        return True, order, -min(1.0, share + 3.4 * math.sqrt(small / large) * share * (1 - share))
 
     return sorted(listed, key=promise)
 
 
-def _sized(form: Form, goal: Goal, layer: Layer) -> Candidate | None:
-    """The candidate of a form whose ranks follow from the size alone."""
-    if form.structure not in ("gkpd", "cp") or goal.error is not None:
-        return None  # several ranks share a size; within an error they follow from the singular values
-    rank = min(goal.parameters // sum(form.sizes), *form.largest())
-    if goal.ranks is not None:
-        rank = min(goal.ranks[0], rank)
-    return _candidate(form, (rank,), None, layer) if rank >= 1 else None
-
-
 def _candidate(form: Form, ranks: tuple[int, ...], error: float | None, layer: Layer) -> Candidate:
     return Candidate(form, ranks, error, factored_time(layer.place, form.shapes(ranks), len(ranks)))
-
-
-def _within_flops(form: Form, goal: Goal, layer: Layer, asked: Asked, spectra: Spectra) -> Candidate | None:
-    """The candidate of a form; where the multiplications are limited, of the largest size that keeps to that."""
-    found = _of_form(form, goal, layer, asked, spectra)
-    if not asked.flops:
-        return found
-    dense = ir.dense_work(layer.weight.shape, outputs=layer.place.outputs).mul
-    for _ in range(_SHRINK):
-        if found is None:
-            return None
-        share = factored_work(layer.place, form.shapes(found.ranks), len(found.ranks)).mul / dense
-        if share <= asked.flops:
-            return found
-        smaller = int(found.parameters * min(0.98, asked.flops / share))
-        found = _of_form(form, dataclasses.replace(goal, parameters=smaller), layer, asked, spectra)
-    return None
 
 
 def _of_form(form: Form, goal: Goal, layer: Layer, asked: Asked, spectra: Spectra) -> Candidate | None:
@@ -258,7 +254,7 @@ def _finalists(found: Sequence[Candidate], asked: Asked) -> list[Candidate]:
     finalists = []
     for structure in asked.structures:
         own = [c for c in known if c.form.structure == structure]
-        if own and min(_value(c, asked) for c in own) <= best * _REFINABLE:
+        if own and min(_value(c, asked) for c in own) <= best * _REFINABLE[structure]:
             finalists.append(_pick(own, asked))
     return finalists + [c for c in found if c.error is None]
 
@@ -272,7 +268,8 @@ def _value(candidate: Candidate, asked: Asked) -> float:
 def _pick(candidates: Sequence[Candidate], asked: Asked) -> Candidate:
     """The one with the least value; of nearly equals the fastest."""
     best = min(_value(c, asked) for c in candidates)
-    near = [c for c in candidates if _value(c, asked) <= best * _NEAR]
+    factor = _NEAR if asked.limit_time else 1.0
+    near = [c for c in candidates if _value(c, asked) <= best * factor]
     return min(near, key=lambda c: (c.nanoseconds, _value(c, asked)))
 
 

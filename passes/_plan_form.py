@@ -52,6 +52,16 @@ class Form:
             total = total + size * _product([ranks[j] for j, who in enumerate(self.carriers) if k in who])
         return total
 
+    def multiplications(self, ranks: Sequence[np.ndarray | int], loads: Sequence[float]) -> np.ndarray:
+        """Multiplications of all stages; loads: those of each factor's stage at rank one.
+
+        A stage works on every rank index that a factor at or after it and one at or before it carry.
+        """
+        total = np.zeros(np.shape(ranks[0]))
+        for k, load in enumerate(loads):
+            total = total + load * _product([ranks[j] for j, who in enumerate(self.carriers) if who[0] <= k <= who[-1]])
+        return total
+
     def shapes(self, ranks: Sequence[int]) -> tuple[Shape, ...]:
         """The factors' shapes with their rank axes: [R_1|1, .., R_m|1, F_k, C_k, K_k1, ..]."""
         return tuple(
@@ -154,10 +164,11 @@ def _sekron(dense: Shape) -> Iterator[Form]:
 def _tucker(dense: Shape) -> Iterator[Form]:
     """Any axes with a factor of their own: the output channels' first, the input channels' last.
 
-    One axis alone is also a gkpd; of these the one of the input channels is here, for what has no other.
+    One axis alone is also a gkpd; of these the one of the input channels is here. A matrix has no other: beside the
+    factors of both its axes a core only adds numbers.
     """
     axes = [axis for axis, size in enumerate(dense) if size > 1]
-    for count in range(len(axes), 0, -1):
+    for count in range(len(axes) if len(axes) > 2 else 1, 0, -1):
         for own in itertools.combinations(axes, count) if count > 1 else [(1,)]:
             first = [axis for axis in own if axis == 0]
             last = [axis for axis in own if axis > 1] + [axis for axis in own if axis == 1]

@@ -6,6 +6,7 @@ Tucker form, up to a bound for a chain. Every search looks at a grid of rank tup
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,11 +27,15 @@ class Goal:
 
     Attributes:
         parameters: at most so many.
+        multiplications: at most so many.
+        loads: multiplications of each factor's stage at rank one; of the form that is searched.
         error: None, or the relative error to stay within at the least size.
         ranks: None, or the ranks themselves.
     """
 
     parameters: int
+    multiplications: float = math.inf
+    loads: tuple[float, ...] = ()
     error: float | None = None
     ranks: tuple[int, ...] | None = None
 
@@ -105,10 +110,29 @@ def search(form: Form, spectra: Spectra, goal: Goal) -> tuple[tuple[int, ...], f
     return _refined(form, spectra, goal, found, axes, largest)
 
 
+def room(form: Form, goal: Goal) -> float:
+    """How much of what the form can use of the goal's parameters is left within its multiplications: a share."""
+    axes = [np.unique(np.geomspace(1, most, min(most, 24)).astype(int)) for most in form.largest()]
+    grid = np.meshgrid(*axes, indexing="ij")
+    parameters = form.parameters(grid)
+    within = np.where(parameters <= goal.parameters, parameters, 0)
+    used = np.where(_fits(form, goal, grid, parameters), within, 0)
+    return float(used.max()) / max(1.0, float(within.max()))
+
+
+def _fits(form: Form, goal: Goal, grid: Sequence[np.ndarray], parameters: np.ndarray) -> np.ndarray:
+    fits: np.ndarray = parameters <= goal.parameters
+    if goal.loads:
+        fits &= form.multiplications(grid, goal.loads) <= goal.multiplications
+    return fits
+
+
 def cp_rank(form: Form, goal: Goal) -> int | None:
     """The rank of a cp form that fills the goal's size."""
     rank = goal.ranks[0] if goal.ranks is not None else goal.parameters // sum(form.sizes)
     rank = min(rank, *form.largest())
+    if goal.ranks is None and math.isfinite(goal.multiplications):
+        rank = min(rank, int(goal.multiplications // sum(goal.loads)))
     return rank if rank >= 1 and rank * sum(form.sizes) <= goal.parameters else None
 
 
@@ -128,9 +152,11 @@ def _axes(form: Form, largest: tuple[int, ...], goal: Goal) -> list[np.ndarray]:
 
 def _best(form: Form, spectra: Spectra, goal: Goal, axes: Sequence[np.ndarray]) -> tuple[tuple[int, ...], float] | None:
     grid = np.meshgrid(*axes, indexing="ij")
-    lost = _lost(form, spectra, axes)
     parameters = form.parameters(grid)
-    fits = parameters <= goal.parameters
+    fits = _fits(form, goal, grid, parameters)
+    if not fits.any():
+        return None
+    lost = _lost(form, spectra, axes)
     if goal.error is not None:
         fits &= lost <= goal.error**2 * spectra.power
     if not fits.any():

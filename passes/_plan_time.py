@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mc_opt import ir, targets
 from mc_opt.passes._factor import Shape
+from mc_opt.passes._plan_form import Form
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,21 @@ def factored_time(place: Place, shapes: Sequence[Shape], ranks: int) -> float:
         price=place.price,
     )
     return time
+
+
+def stage_loads(place: Place, form: Form) -> tuple[float, ...]:
+    """Multiplications of each factor's stage at rank one."""
+    count = len(form.carriers)
+    shapes = form.shapes([1] * count)
+    loads: tuple[float, ...] = ir.stage_multiplications(
+        shapes, count, outputs=place.outputs, inputs=place.inputs, group=place.group
+    )
+    return loads
+
+
+def most_multiplications(place: Place, form: Form, limit: float) -> float:
+    """The multiplications that a time leaves for, the weights' bytes aside."""
+    return max(0.0, limit - _CALL * len(form.blocks)) / (place.price.mul + place.price.add)
 
 
 def factored_work(place: Place, shapes: Sequence[Shape], ranks: int) -> ir.Work:

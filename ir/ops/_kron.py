@@ -184,16 +184,25 @@ def factored_work(
         group: groups of the dense convolution.
         itemsize: bytes of an element.
     """
+    total = sum(stage_multiplications(shapes, ranks, outputs=outputs, inputs=inputs, group=group))
+    stored = sum(math.prod(shape) for shape in shapes) * itemsize
+    return Work(mul=total, add=total, bytes=stored)
+
+
+def stage_multiplications(
+    shapes: Sequence[tuple[int, ...]], ranks: int, *, outputs: int, inputs: int | None = None, group: int = 1
+) -> tuple[int, ...]:
+    """Multiplications of the stage of each factor, factor 1 first; the arguments are those of `factored_work`."""
     chain = Chain(tuple(tuple(shape) for shape in shapes), ranks)
-    counts = chain.multiplications(reverse=chain.runs_reversed())
+    reverse = chain.runs_reversed()
+    counts = chain.multiplications(reverse=reverse)
     places = stage_positions(chain, outputs, outputs if inputs is None else inputs)
     # F_1 spans the groups, of which each output channel sees one.
-    total = sum(
+    totals = tuple(
         count * place * (group if k > 1 else 1)
         for k, count, place in zip(range(len(counts), 0, -1), counts, places, strict=True)
     )
-    stored = sum(math.prod(shape) for shape in chain.shapes) * itemsize
-    return Work(mul=total, add=total, bytes=stored)
+    return totals if reverse else totals[::-1]
 
 
 def stage_positions(chain: Chain, outputs: int, inputs: int) -> list[int]:
