@@ -27,6 +27,7 @@ _FIT_EFFORT = 2.0  # seconds for the fewest sweeps of a cp form that is looked a
 _NEAR = 1.05  # errors within this factor are the same: then the faster wins
 # A fit may bring an error below its prediction by this factor: a bound, a truncation or, of gkpd, the error itself.
 _REFINABLE: dict[Structure, float] = {"gkpd": 1.0, "tucker": 1.08, "tt": 1.2, "sekron": 1.2, "cp": 1.0}
+_SHRINK = 4  # attempts to meet the time with smaller ranks
 _ROOM = 0.6  # of the asked size must be usable within the time, or a form is not worth its singular values
 
 
@@ -111,7 +112,7 @@ def choose(layer: Layer, asked: Asked, *, seed: int) -> Chosen | ir.Skip:
         return ir.Skip("all its weights are 0; there is nothing to approximate")
     dense = dense_time(layer.place, layer.weight.shape)
     limit = dense if asked.limit_time and not layer.table else math.inf
-    found = [c for c in _candidates(layer, asked, spectra, limit) if c is not None and c.nanoseconds <= limit]
+    found = [c for c in _candidates(layer, asked, spectra, limit) if c is not None]
     if not found:
         return ir.Skip(_nothing(layer, asked, dense, limit))
     measured = [m for m in (_measured(layer, c, seed) for c in _finalists(found, asked)) if _keeps(m[1], asked)]
@@ -149,7 +150,7 @@ def _most(layer: Layer, asked: Asked) -> int:
 def _candidates(layer: Layer, asked: Asked, spectra: Spectra, limit: float) -> Iterator[Candidate | None]:
     """A candidate for every form that is worth looking at, the most promising first while there is effort left."""
     goal = Goal(_most(layer, asked), error=asked.error or None, ranks=asked.ranks or None)
-    most, sized = math.inf, not (asked.error or asked.flops or asked.ranks)
+    most = math.inf
     if asked.flops:
         most = asked.flops * ir.dense_work(layer.weight.shape, outputs=layer.place.outputs).mul
     for form in _by_promise(_listed(layer, asked), goal, spectra):
@@ -158,11 +159,30 @@ def _candidates(layer: Layer, asked: Asked, spectra: Spectra, limit: float) -> I
             multiplications=min(most, most_multiplications(layer.place, form, limit)),
             loads=stage_loads(layer.place, form),
         )
-        if sized and room(form, own) < _ROOM:
+        if _is_sized(asked) and room(form, own) < _ROOM:
             continue
         if spectra.effort < 0 and not _is_known(form, spectra):
             continue
-        yield _of_form(form, own, layer, asked, spectra)
+        yield _in_time(form, own, layer, asked, spectra, limit)
+
+
+def _in_time(form: Form, goal: Goal, layer: Layer, asked: Asked, spectra: Spectra, limit: float) -> Candidate | None:
+    """The candidate of a form within the time; vectors that are not full are known with the ranks alone."""
+    found = _of_form(form, goal, layer, asked, spectra)
+    for _ in range(_SHRINK):
+        if found is None or found.nanoseconds <= limit:
+            return found
+        made = float(form.multiplications(found.ranks, goal.loads))
+        goal = dataclasses.replace(goal, multiplications=made * max(0.5, 0.98 * limit / found.nanoseconds))
+        if asked.ranks or (_is_sized(asked) and room(form, goal) < _ROOM):
+            return None
+        found = _of_form(form, goal, layer, asked, spectra)
+    return None
+
+
+def _is_sized(asked: Asked) -> bool:
+    """Whether a number of parameters is asked for, not an error or a number of multiplications."""
+    return not (asked.error or asked.flops or asked.ranks)
 
 
 def _fastest(layer: Layer, asked: Asked) -> Candidate | None:

@@ -59,13 +59,5 @@ def stage_loads(place: Place, form: Form) -> tuple[float, ...]:
 
 
 def most_multiplications(place: Place, form: Form, limit: float) -> float:
-    """The multiplications that a time leaves for, the weights' bytes aside."""
-    return max(0.0, limit - _CALL * len(form.blocks)) / (place.price.mul + place.price.add)
-
-
-def factored_work(place: Place, shapes: Sequence[Shape], ranks: int) -> ir.Work:
-    """The work of a chain of factors."""
-    work: ir.Work = ir.factored_work(
-        shapes, ranks, outputs=place.outputs, inputs=place.inputs, group=place.group, itemsize=place.itemsize
-    )
-    return work
+    """The multiplications that a time leaves room for at most: with full vectors and nothing handed on."""
+    return max(0.0, limit - place.price.call * len(form.blocks)) / (place.price.mul + place.price.add)
