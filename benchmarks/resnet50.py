@@ -1,7 +1,7 @@
 """A ResNet-50-sized model, seeded, through `sekron`: seconds, and the sizes and errors of its layers.
 
     python -m benchmarks.resnet50                 a plain torch definition, 25.6 M parameters, captured
-    python -m benchmarks.resnet50 --passes sekron{ratio=0.25}
+    python -m benchmarks.resnet50 --passes 'sekron{ratio=0.25}'
 
 The weights are drawn with singular values that fall as in trained layers, as 1/√i: white noise would make every choice
 of factors alike.
