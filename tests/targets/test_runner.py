@@ -103,3 +103,30 @@ def compile_as_it_says(folder: Path, compiler: str = "g++", packages: Mapping[st
     command = command.replace("g++", compiler, 1).replace("\\\n//", " ").replace("-O2", "-O0")
     done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.tvm
+@pytest.mark.zig
+def test_the_program_takes_open_sizes(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("missing tool: program g++ is not installed")
+    model = parsed(
+        "agraph (float[b,s,3] x, int64[s] k) => (float[b,s,3] y) { f = Cast<to=1>(k) a = Constant<value_ints=[1]>()"
+        " u = Unsqueeze(f, a) y = Add(x, u) }"
+    )
+    targets.parse_target("x86").compile(model, tmp_path, lambda *_: None)
+    compile_as_it_says(tmp_path)
+    for b, s in ((2, 5), (1, 1)):
+        x, k = np.random.default_rng(s).standard_normal((b, s, 3), np.float32), np.arange(s)
+        x.tofile(tmp_path / "x.bin")
+        k.tofile(tmp_path / "k.bin")
+        words = ["./runner", "model.so", f"s={s}", f"b={b}", "x.bin", "k.bin", "y.bin"]
+        said = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        assert said == f"float32 {b}x{s}x3\n"
+        np.testing.assert_array_equal(
+            np.fromfile(tmp_path / "y.bin", np.float32).reshape(x.shape), x + np.float32(k)[:, None]
+        )
+    words.remove("s=1")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "usage: every dimension needs a size, as in s=4\n")
