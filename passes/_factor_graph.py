@@ -26,6 +26,7 @@ _LAYER = "mc_opt.layer"
 def replace(place: FactorSite, factors: Factors, ctx: Context, *, by: tuple[str, str]) -> None:
     """Replace every node that uses the weight; the weight goes, its factors take its place in its graph."""
     site = place.site
+    ctx.did(by[1], site.value, *(use.node for use in place.uses))
     arrays = _rows(factors) if place.kind == "table" else factors.arrays
     values = [_factor(site, k, array, ctx) for k, array in enumerate(arrays, 1)]
     for use in place.uses:
