@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         parse_targets,
         target_names,
     )
+    from mc_opt.targets._gpu import cuda_tools
     from mc_opt.targets._time import predicted_time
     from mc_opt.targets._vm import Artefact, load_artefact
 
@@ -27,6 +28,7 @@ _EXPORTS = {
     "Target": "_base",
     "TargetError": "_base",
     "cost": "_base",
+    "cuda_tools": "_gpu",
     "find_target": "_base",
     "load_artefact": "_vm",
     "parse_target": "_base",
@@ -42,6 +44,7 @@ __all__ = [
     "Target",
     "TargetError",
     "cost",
+    "cuda_tools",
     "find_target",
     "load_artefact",
     "parse_target",

@@ -35,7 +35,9 @@ template <class A, class B> struct is_same : truth<false> {};
 template <class A> struct is_same<A, A> : truth<true> {};
 template <class A, class B> inline constexpr bool is_same_v = is_same<A, B>::value;
 template <class A> struct is_floating_point : truth<is_same_v<A, float> || is_same_v<A, double>> {};
-template <class A> struct is_integral : truth<!is_floating_point<A>::value && __is_integral(A)> {};
+template <class A, class... B> struct is_any : truth<(is_same_v<A, B> || ...)> {};
+template <class A> struct is_integral : is_any<A, bool, char, signed char, unsigned char, short, unsigned short, int,
+  unsigned int, long, unsigned long, long long, unsigned long long> {};
 template <class A> struct is_signed : truth<(A(-1) < A(0))> {};
 template <class A> struct is_unsigned : truth<!is_signed<A>::value> {};
 template <bool B, class A = void> struct enable_if {};
@@ -155,7 +157,9 @@ def _by_nvrtc(source: str, arch: str, code: Code) -> bytes:
         raise RuntimeError(f"NVRTC ({path}) makes no program: error {made}")
     try:
         wanted = arch if code == "cubin" else arch.replace("sm_", "compute_")
-        options = (ctypes.c_char_p * 2)(f"--gpu-architecture={wanted}".encode(), b"--std=c++17")
+        words = [f"--gpu-architecture={wanted}", "--std=c++17"]
+        words += [f"--include-path={place}" for place in [Path(path).parents[1] / "include"] if place.is_dir()]
+        options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
         if api.nvrtcCompileProgram(program, len(options), options):
             raise RuntimeError(f"NVRTC refuses the source: {_first(_read(api, program, 'ProgramLog').decode())}")
         return _read(api, program, "CUBIN" if code == "cubin" else "PTX")

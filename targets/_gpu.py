@@ -27,6 +27,30 @@ class Gpu:
     architecture: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """A part of CUDA: where it was found, what it is for, and what to do where it is missing."""
+
+    name: str
+    found: str | None
+    purpose: str
+    advice: str
+
+
+def cuda_tools() -> tuple[Tool, ...]:
+    """What building for CUDA and running it needs, and what of it is here."""
+    nvcc, nvrtc, gpu = _cuda.nvcc(), _cuda.nvrtc(), find()
+    named = None if isinstance(gpu, str) else f"{gpu.name}, sm_{gpu.architecture}"
+    advice = "" if nvcc or nvrtc else f"neither nvcc nor NVRTC is here, cuda artefacts hold source: {_cuda.TO_GET}"
+    to_run = f"pip install 'nvidia-cuda-runtime>=13,<14' ({_RUNTIME}, for cuda artefacts on this machine's GPU)"
+    return (
+        Tool("nvcc", nvcc, "compiling CUDA kernels", advice),
+        Tool("NVRTC", nvrtc, "compiling CUDA kernels without nvcc", ""),
+        Tool("CUDA runtime", _runtime(), "running CUDA artefacts", to_run if named else ""),
+        Tool("NVIDIA GPU", named, "running CUDA artefacts", ""),
+    )
+
+
 def find() -> Gpu | str:
     """The first GPU, or why there is none."""
     try:

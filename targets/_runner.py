@@ -31,29 +31,35 @@ def _port(port: Port, names: tuple[str, ...]) -> str:
 
 _ON_PROCESSOR = {
     "@LIBRARIES@": "",
-    "@HEADERS@": "",
+    "@PLACES@": "",
     "@DEVICES@": "static_cast<int>(kDLCPU), 0, kAllocator",
     "@PLACED@": "",
     "@FETCHED@": "",
     "@COPIES@": "",
 }
 _ON_GPU = {
-    "@LIBRARIES@": "-Wl,--no-as-needed -ltvm_runtime_cuda ",
-    "@HEADERS@": "#include <tvm/runtime/tensor.h>\n",
+    "@LIBRARIES@": "-Wl,--no-as-needed,-rpath,$CUDA -ltvm_runtime_cuda ",
+    "@PLACES@": (
+        "//   CUDA=$(python -c 'import importlib.util as u;"
+        ' print(u.find_spec("nvidia").submodule_search_locations[0])\')/cu13/lib\n'
+    ),
     "@DEVICES@": """
       static_cast<int>(kDLCUDA), 0, kAllocator, static_cast<int>(kDLCPU), 0, kAllocator""",
     "@PLACED@": "ToGpu",
     "@FETCHED@": "FromGpu",
     "@COPIES@": """ffi::Tensor ToGpu(const ffi::Tensor& tensor) {
-  auto result = tvm::runtime::Tensor::Empty(tensor.shape(), tensor.dtype(), DLDevice{kDLCUDA, 0});
-  result.CopyFromBytes(tensor.data_ptr(), ffi::GetDataSize(*tensor.GetDLTensorPtr()));
+  auto allocate = ffi::Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
+  auto copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromBytes");
+  auto result = allocate(ffi::Shape(tensor.shape()), tensor.dtype(), DLDevice{kDLCUDA, 0}, nullptr).cast<ffi::Tensor>();
+  copy(result, tensor.data_ptr(), static_cast<int64_t>(ffi::GetDataSize(*tensor.GetDLTensorPtr())));
   return result;
 }
 
 ffi::Tensor FromGpu(const ffi::Tensor& tensor) {
   ffi::Tensor result =
-      ffi::Tensor::FromNDAlloc(Allocator(), tensor.shape(), tensor.dtype(), DLDevice{kDLCPU, 0});
-  tvm::runtime::Tensor(tensor).CopyToBytes(result.data_ptr(), ffi::GetDataSize(*tensor.GetDLTensorPtr()));
+      ffi::Tensor::FromNDAlloc(Allocator(), ffi::Shape(tensor.shape()), tensor.dtype(), DLDevice{kDLCPU, 0});
+  auto copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyToBytes");
+  copy(tensor, result.data_ptr(), static_cast<int64_t>(ffi::GetDataSize(*tensor.GetDLTensorPtr())));
   return result;
 }
 
@@ -67,7 +73,7 @@ _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ..
 // library is libstdc++, as theirs was (libc++, which zig c++ brings, crashes), and run it:
 //   TVM=$(python -c 'import importlib.util as u; print(u.find_spec("tvm").submodule_search_locations[0])')
 //   FFI=$(python -c 'import importlib.util as u; print(u.find_spec("tvm_ffi").submodule_search_locations[0])')
-//   g++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
+@PLACES@//   g++ -std=c++17 -O2 runner.cc -o runner -I$TVM/include -I$FFI/include \
 //       -L$TVM/lib -L$FFI/lib @LIBRARIES@-ltvm_runtime -ltvm_ffi -Wl,-rpath,$TVM/lib:$FFI/lib
 //   ./runner model.so input.bin output.bin
 
@@ -75,7 +81,7 @@ _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ..
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
-@HEADERS@
+
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>

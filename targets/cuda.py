@@ -29,8 +29,17 @@ class Cuda(Target):
     # Nanoseconds a unit on a whole A100 (sm_80), derived from its data sheet, never measured: 19.5 Tflop/s in float32
     # are 9.75e12 multiply-adds a second, half of each for the product and half for the sum; integer shifts at half the
     # rate of float; population counts at a quarter, 32 products each; a lookup is a shift, a mask and a read of the
-    # codebook; 1555 GB/s from memory.
-    price: ClassVar[Price] = Price(mul=5.1e-5, add=5.1e-5, shift=1.0e-4, xnor=6.4e-6, lookup=3.1e-4, bytes=6.4e-4)
+    # codebook; 1555 GB/s from memory, which is read again after a kernel wrote it. A launch is taken for 2 µs.
+    price: ClassVar[Price] = Price(
+        mul=5.1e-5,
+        add=5.1e-5,
+        shift=1.0e-4,
+        xnor=6.4e-6,
+        lookup=3.1e-4,
+        bytes=6.4e-4,
+        call=2000.0,
+        traffic=1.3e-3,
+    )
 
     arch: Literal[
         "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"

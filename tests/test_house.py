@@ -316,7 +316,6 @@ def test_imports_are_declared_dependencies() -> None:
     names = {re.split(r"[\[<>=!~; ]", r)[0].lower().replace("-", "_") for r in declared}
     modules = {
         "apache_tvm": "tvm",
-        "cuda_bindings": "cuda",
         "scikit_learn": "sklearn",
         "onnx_graphsurgeon": "onnx_graphsurgeon",
     }

@@ -76,7 +76,7 @@ class Running:
         count = len(self.positions)
         perm = [*range(count), *(count + self.order.index(d) for d in order)]
         x = self.view([*self.positions, *(self.extents[d] for d in self.order)])
-        self.set(self.e.te(functools.partial(transposed, perm=perm), x, name="transpose"), self.positions, order)
+        self.set(self.e.moved(functools.partial(transposed, perm=perm), x, name="transpose"), self.positions, order)
 
     def view(self, shape: Sequence[Dim]) -> relax.Expr:
         """The tensor under another shape."""
@@ -104,7 +104,7 @@ class Order:
 
     def computed(self, e: Emitter, factor: relax.Expr) -> relax.Expr:
         """A factor that the model computes, in this order."""
-        moved = e.te(functools.partial(transposed, perm=self.axes), factor, name="transpose")
+        moved = e.moved(functools.partial(transposed, perm=self.axes), factor, name="transpose")
         return e.reshape(moved, self.shape)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
+from mc_opt.targets.kernels import _lookup_rows
 from mc_opt.targets.kernels._schedule import SCHEDULED, first_line
 
 _RULES = (
@@ -44,15 +47,17 @@ def bind(module: tvm.IRModule, target: tvm.target.Target) -> tuple[tvm.IRModule,
 def _scheduled(function: Any, target: tvm.target.Target, name: str) -> Any:
     """The kernel by the first rule whose schedule can be compiled; some rules take more than they can finish."""
     problems = []
-    for rule in _RULES:
+    rules: list[tuple[str, Callable[[], Any]]] = [("ours", lambda: _lookup_rows.schedule(function))]
+    rules += [(rule.__name__, functools.partial(rule().apply, function, target, False)) for rule in _RULES]
+    for rule, apply in rules:
         try:
-            made = rule().apply(function, target, False)
+            made = apply()
             if made is None:
                 continue
             scheduled = (made if isinstance(made, s_tir.Schedule) else made[0]).mod["main"]
             _lower(scheduled, target)
         except Exception as error:  # the rules' own refusals have no common type
-            problems.append(f"{rule.__name__}: {first_line(error)}")
+            problems.append(f"{rule}: {first_line(error)}")
             continue
         if not _is_unbound(scheduled.body):
             return scheduled

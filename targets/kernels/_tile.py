@@ -76,6 +76,8 @@ def open_ended(columns: int, machine: Machine, *, multiple: int = 1) -> Tile:
         machine: the processor.
         multiple: what the number of rows is a multiple of.
     """
+    if machine.kind == "cuda":
+        return Tile(1, 1, 1, 1)
     vector = vector_width(columns, machine)
     vectors, limit = math.ceil(columns / vector), machine.registers - 4
     wide = whole(multiple, min(8, limit // min(2, vectors)))

@@ -25,6 +25,8 @@ from mc_opt.targets.kernels._tile import Tile
 
 # FuseOps takes element-wise consumers into a kernel of this pattern (relax.OpPatternKind: out-elementwise-fusable).
 FUSABLE = {"op_pattern": 4}
+# Output channels of a group that are worth a tile of a block of threads.
+_MANY_COLUMNS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,8 @@ def convolution(
     before = [p[0] for p in window.pads]
     source = padded(e, x, before, _reach(shape, window, rounded), channels=shape[-1])
     packed = weight.packed(tile.columns)
+    if e.machine.kind == "cuda" and groups > 1 and group_columns >= _MANY_COLUMNS:
+        return _batched(e, source, packed, bias, window=window, groups=groups, name=name)
 
     def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         tiles = int(b.shape[0])
@@ -207,6 +211,41 @@ def convolution(
         return cut(total, (shape[0], *positions, o), *rest)
 
     return fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+
+
+def _batched(
+    e: Emitter,
+    source: relax.Expr,
+    packed: relax.Expr,
+    bias: np.ndarray | relax.Expr | None,
+    *,
+    window: Window,
+    groups: int,
+    name: str,
+) -> relax.Expr:
+    """Groups as the batch of a matrix product, which a GPU tiles; source padded, packed [o, *kernel, c / groups, 1]."""
+    n, *size, channels = dims.sizes(source)
+    o, *kernel, per_group, _ = dims.sizes(packed)
+    positions = dataclasses.replace(window, pads=((0, 0),) * len(size)).output(size)
+    columns = o // groups
+
+    def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(kernel)]
+        channel = te.reduce_axis((0, channels // groups), name="c")
+
+        def element(batch: Any, *i: Any) -> Any:
+            *p, group, column = i
+            where = [q * s + k * d for q, s, k, d in zip(p, window.strides, reduce, window.dilations, strict=True)]
+            w = b(group * columns + column, *reduce, channel, 0)
+            return te.sum(a(batch, *where, group * per_group + channel) * w, axis=[*reduce, channel])
+
+        total = te.compute((n, *positions, groups, columns), element, name="mc_conv")
+        if not rest:
+            return total
+        return te.compute(total.shape, lambda *i: total(*i) + rest[0](i[-2] * columns + i[-1]), name="mc_bias")
+
+    y = fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+    return e.reshape(y, (n, *positions, o))
 
 
 def cut(total: te.Tensor, shape: Sequence[int], *bias: te.Tensor) -> te.Tensor:

@@ -52,7 +52,7 @@ def product(
             *outer, row, column = i
             at = [0 if dims.same(s, 1) else q for q, s in zip(outer, lead_a, strict=True)][skip_a:]
             bt = [0 if dims.same(s, 1) else q for q, s in zip(outer, lead_b, strict=True)][skip_b:]
-            if not isinstance(m, int):  # rows beyond the end repeat the last one, and are not kept
+            if not isinstance(m, int) and tile.wide > 1:  # rows beyond the end repeat the last one, and are not kept
                 row = tirx.min(row, m - 1)
             return te.sum(
                 x(*at, row, k) * w(*bt, column // tile.columns, k, column % tile.columns),

@@ -147,6 +147,8 @@ def _plus(y: te.Tensor, bias: te.Tensor) -> te.Tensor:
 def _left(running: Running, step: Step) -> Block | None:
     """The channels for a product from the left; None where another kernel is better."""
     e, place, order = running.e, step.place, running.order
+    if e.machine.kind == "cuda":  # has no vectors, and its products move channels while they read
+        return None
     own = {*place.groups, *place.summed}
     count = next((k for k, d in enumerate(reversed(order)) if d in own), len(order))
     lanes = order[len(order) - count :]

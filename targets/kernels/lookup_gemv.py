@@ -17,9 +17,10 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter
-from mc_opt.targets.kernels import _decode, _loops, _tbl, _weights
+from mc_opt.targets.kernels import _decode, _lookup_rows, _loops, _tbl, _weights
 from mc_opt.targets.kernels._decode import Table, Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
+from mc_opt.targets.kernels.conv import fusable
 
 # Above this many rows decoding once and multiplying from the dense tiles is faster.
 MOST_ROWS = 4
@@ -30,7 +31,7 @@ def product(
 ) -> relax.Expr | None:
     """a: [.., m, k], weight: a Lookup of shape [k, n] (or [n, k]) -> [.., m, n]; None when no such kernel fits."""
     lookup = e.lookup(weight)
-    if lookup is None or str(a.ty.dtype) != "float32" or e.machine.kind == "cuda":
+    if lookup is None or str(a.ty.dtype) != "float32":
         return None
     shape = [int(s) for s in a.ty.shape]
     n = lookup.shape[0 if transposed else 1]
@@ -38,7 +39,7 @@ def product(
     if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
         return None
     # NEON's tables, and the four vectors that they make at a time, take registers from the sums: more would spill.
-    most = 2 if e.machine.kind == "arm" else 4
+    most = {"arm": 2, "cuda": 1}.get(e.machine.kind, 4)
     vectors = min(most, -(-n // e.machine.lanes))
     columns = vectors * e.machine.lanes
 
@@ -46,7 +47,7 @@ def product(
         return _weights.pack_columns(array.T if transposed else array, columns)
 
     tiles = _decode.arrange(lookup, pack, e.machine)
-    if tiles is None or not _decode.registers_of(tiles, e.machine):
+    if tiles is None or not (_in_threads(e, tiles) or _decode.registers_of(tiles, e.machine)):
         return None
     arrays = [x for x in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if x is not None]
     arguments = [(x.shape, str(x.dtype)) for x in arrays]
@@ -54,11 +55,20 @@ def product(
     if bias is not None:
         inputs.append(e.reshape(bias, (n,)))
         arguments.append(((n,), "float32"))
+    if e.machine.kind == "cuda":
+        e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}, the codebook in shared memory")
+        fn = functools.partial(_lookup_rows.product, tiles, has_bias=bias is not None)
+        return e.reshape(fusable(e, fn, *inputs, name="lookup_rows"), (*shape[:-1], n))
     body = functools.partial(_body, tiles, e.machine, rows, n, bias is not None)
     function = _loops.kernel([((rows, shape[-1]), "float32"), *arguments, ((rows, n), "float32")], body)
     e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}")
     result = e.call(function, inputs, [((rows, n), "float32")], name="lookup_gemv")[0]
     return e.reshape(result, (*shape[:-1], n))
+
+
+def _in_threads(e: Emitter, tiles: Tiles) -> bool:
+    """Whether a GPU's kernel takes the weight: one codebook that its threads share."""
+    return e.machine.kind == "cuda" and not tiles.entries
 
 
 def _body(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import mc_opt
 from mc_opt import ir, targets
 from mc_opt.ir import IRError
 from mc_opt.targets import _cuda, _gpu
+from mc_opt.targets._manifest import Port
+from mc_opt.targets._runner import runner
 from tests._harness import model
 
 pytestmark = pytest.mark.tvm
@@ -27,6 +30,7 @@ if importlib.util.find_spec("tvm") is not None:
     from tests.targets import _cuda_on_cpu, _kernels
     from tests.targets._kernels import check, normal
     from tests.targets.test_kernels_gemm import packed as lookup
+    from tests.targets.test_kernels_kron import _text as kron
 
 NETWORK = """g (float[1,3,13,13] x) => (float[1,10] y) {
     a = Conv<strides=[2,2], pads=[1,1,1,1]>(x, w, b) r = Relu(a)
@@ -54,6 +58,9 @@ def example(name: str) -> tuple[str, dict[str, np.ndarray]]:
             return LSTM, {"w": normal(2, 80, 6), "r": normal(2, 80, 20, seed=1), "b": normal(2, 160)}
         case _:
             return GRU, {"w": normal(1, 99, 6), "r": normal(1, 99, 33, seed=1), "b": normal(1, 198)}
+
+
+KRON = [(op, name) for op in ("SeKronConv", "KronLinear") for name in ("gkpd-bias", "free")]
 
 
 def packed(bits: int, consumer: str) -> tuple[str, dict[str, np.ndarray]]:
@@ -85,6 +92,22 @@ def test_what_is_emitted_for_a_gpu_equals_the_export_on_the_processor(name: str)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packed_weights_of_every_width(bits: int, consumer: str) -> None:
     check(*packed(bits, consumer), cpu="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("key", KRON, ids="-".join)
+def test_kronecker_layers(key: tuple[str, str]) -> None:
+    check(*kron(key), cpu="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_any_size_of_a_batch_and_a_sequence() -> None:
+    text = BLOCK.replace("[2,7,32]", "[b,s,32]")
+    check(
+        text, example("block")[1], cpu="cuda", sizes=[{"b": b, "s": s} for b in (1, 3) for s in (1, 7, 16)], quiet=False
+    )
 
 
 PACKED = """g (float[1,16,9,9] x) => (float[1,40] y) {
@@ -139,6 +162,28 @@ def test_nvcc_assembles_every_kernel_and_nothing_is_executed(arch: str, tmp_path
         assert kernels
         assert set(kernels) <= _cuda.compiled_kernels(library)
         assert b"__global__" not in library  # PTX and machine code, and no source
+
+
+@pytest.mark.slow
+def test_the_program_for_a_gpu_compiles(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not here: runner.cc was not compiled")
+    for shape in ((2, 3), ("batch", 3)):
+        (tmp_path / "runner.cc").write_text(runner((Port("x", shape, "float32"),), (), gpu=True))
+        places = [importlib.util.find_spec(name) for name in ("tvm", "tvm_ffi")]
+        words = [f"-I{p.submodule_search_locations[0]}/include" for p in places if p and p.submodule_search_locations]
+        subprocess.run(["g++", "-std=c++17", "-fsyntax-only", *words, "runner.cc"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
+def test_nvrtc_compiles_what_nvcc_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if _cuda.nvrtc() is None:
+        pytest.skip("NVRTC is not here: no kernel was compiled by it")
+    built("network", "cuda{code=source}", tmp_path)
+    source = _cuda_on_cpu.source_of(tmp_path / "cuda/model.so")
+    monkeypatch.setattr(_cuda, "nvcc", lambda: None)
+    assert _cuda.compile_source(source, "sm_90", "cubin").startswith(b"\x7fELF")
+    assert b".target sm_90" in _cuda.compile_source(source, "sm_90", "ptx")
 
 
 def test_kernels_are_found_in_source_and_in_compiled_code() -> None:

@@ -8,13 +8,13 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mc_opt import targets
 from mc_opt.tools import _console
 
 CORE = "core"
@@ -23,7 +23,7 @@ PURPOSE = {
     CORE: "ONNX in, passes, ONNX out",
     "torch": "capture of PyTorch models, training, the interpreter",
     "tvm": "artefacts for x86, ARM and CUDA",
-    "cuda": "running on an NVIDIA GPU",
+    "cuda": "compiling CUDA kernels without nvcc, and running them on a GPU",
 }
 # The features that decide what an x86 artefact is built for, in the names of /proc/cpuinfo.
 CPU_FEATURES = (
@@ -46,7 +46,6 @@ PROGRAMS = {
         "running ARM artefacts without a board (tests)",
         "apt-get install qemu-user libstdc++6-arm64-cross",
     ),
-    "nvcc": ("CUDA without nvrtc", "apt-get install nvidia-cuda-toolkit"),
     "npm": ("one public test model", "apt-get install npm"),
 }
 
@@ -150,23 +149,9 @@ def _tools() -> list[tuple[dict[str, Any], str]]:
         name, *others = names.split("|")
         found = next((path for n in (name, *others) if (path := shutil.which(n))), None)
         rows.append(({"name": name, "found": found, "purpose": purpose}, f"{name} ({purpose}): {debian}"))
-    nvrtc = importlib.util.find_spec("cuda") is not None or bool(
-        list(Path("/usr/local").glob("cuda*/lib64/libnvrtc.so*"))
-    )
-    rows.append(({"name": "nvrtc", "found": "found" if nvrtc else None, "purpose": "compiling CUDA kernels"}, ""))
-    rows.append(({"name": "NVIDIA GPU", "found": _gpu(), "purpose": "running CUDA artefacts"}, ""))
+    for tool in targets.cuda_tools():
+        rows.append(({"name": tool.name, "found": tool.found, "purpose": tool.purpose}, tool.advice))
     return rows
-
-
-def _gpu() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().replace("\n", "; ") or None if done.returncode == 0 else None
 
 
 def _advice(packages: list[dict[str, Any]]) -> list[str]:
