@@ -17,13 +17,16 @@ import numpy as np
 
 from mc_opt.passes._factor_chain import unfold
 
-_STARTS = 3
-_RACE = 12  # sweeps before the best start is chosen
-_SWEEPS = 80
+_STARTS = 10
+_RACE = 12  # sweeps before the best starts are chosen
+_FINAL = 3  # starts that go on
+_SWEEPS = 250  # of each of them, at most
+_FEWEST = 10  # sweeps where even these take long
 _RIDGE = 1e-11  # of the mean diagonal: keeps the normal equations of nearly parallel terms solvable
-_GAIN = 1e-5  # a sweep that lowers the squared error by less is the last
+_GAIN = 1e-6  # a sweep that lowers the squared error by less is the last
 _SINGLE = 1 << 24  # products of a sweep from which the large ones are summed in float32
-_PRODUCT, _SOLVE = 1.4e-11, 6e-11  # seconds of a multiplication in a sweep's products and in its equations
+# Seconds of a sweep: its calls, a multiplication in its products and in its equations.
+_SWEEP, _PRODUCT, _SOLVE = 3e-4, 1.4e-11, 6e-11
 
 
 def cp(tensor: np.ndarray, rank: int, *, rng: np.random.Generator, effort: float = 1.0) -> list[np.ndarray]:
@@ -31,22 +34,25 @@ def cp(tensor: np.ndarray, rank: int, *, rng: np.random.Generator, effort: float
 
     `effort` is about the seconds to spend, by an estimate that knows no clock: fewer starts and sweeps for more work.
     """
-    sweeps = int(min(_SWEEPS, max(8, effort / sweep_cost(tensor.shape, rank))))
-    starts = 1 if sweeps < _SWEEPS else _STARTS
+    budget = max(_FEWEST, int(effort / sweep_cost(tensor.shape, rank)))
+    starts = max(1, min(_STARTS, budget // (4 * _RACE)))
     problem = _Problem(tensor, rank)
     race = [
-        problem.descend(_start(tensor, rank, rng, leading=number == 0), sweeps=min(_RACE, sweeps))
+        problem.descend(_start(tensor, rank, rng, leading=number == 0), sweeps=min(_RACE, budget))
         for number in range(starts)
     ]
+    race.sort(key=lambda found: found[1])
+    final = max(1, min(_FINAL, starts // 2))
+    sweeps = min(_SWEEPS, (budget - starts * _RACE) // final)
+    if sweeps > 0:
+        race = [problem.descend(cores, sweeps=sweeps) for cores, _ in race[:final]]
     cores, _ = min(race, key=lambda found: found[1])
-    if sweeps > _RACE:
-        cores, _ = problem.descend(cores, sweeps=sweeps - _RACE)
     return _even(cores)
 
 
 def sweep_cost(shape: Sequence[int], rank: int) -> float:
     """About the seconds of one sweep."""
-    return 4 * _PRODUCT * float(np.prod(shape)) * rank + _SOLVE * len(shape) * rank**3
+    return _SWEEP + 4 * _PRODUCT * float(np.prod(shape)) * rank + _SOLVE * len(shape) * rank**3
 
 
 def _start(tensor: np.ndarray, rank: int, rng: np.random.Generator, *, leading: bool) -> list[np.ndarray]:

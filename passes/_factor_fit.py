@@ -13,10 +13,13 @@ from mc_opt.passes._plan_form import Form
 _SWEEPS = {"tt": 8, "tucker": 8, "sekron": 6}
 
 
-def fit(weight: np.ndarray, form: Form, ranks: Sequence[int], *, rng: np.random.Generator) -> Factors:
+def fit(
+    weight: np.ndarray, form: Form, ranks: Sequence[int], *, rng: np.random.Generator, effort: float = 1.0
+) -> Factors:
     """Factors [R_1|1, .., F_k, C_k, K_k1, ..] in float64. weight: [F, C, K_1, ..], finite.
 
     A rank above what a form can use is lowered; every form is refined by least squares where that can help.
+    `effort` is about the seconds that a form with many minima may take.
     """
     if form.structure == "tucker":
         return _tucker(weight, form, ranks)
@@ -29,7 +32,7 @@ def fit(weight: np.ndarray, form: Form, ranks: Sequence[int], *, rng: np.random.
         case "tt":
             cores = _factor_chain.train(tensor, ranks, sweeps=_SWEEPS["tt"])
         case "cp":
-            cores = _factor_cp.cp(tensor, ranks[0], rng=rng)
+            cores = _factor_cp.cp(tensor, ranks[0], rng=rng, effort=effort)
         case _:
             raise AssertionError(f"{form.structure} has two factors")
     return assemble(form.structure, cores, form.blocks)

@@ -42,7 +42,8 @@ class Asked:
         structures: those to choose from.
         ranks: the ranks themselves; empty to find them.
         limit_time: nothing that is predicted to be slower than the dense layer.
-        effort: seconds for singular values, by estimate.
+        split_only: forms that divide an axis between factors alone.
+        effort: seconds for singular values and for each fit with many minima, by an estimate that knows no clock.
     """
 
     ratio: float = 0.5
@@ -115,7 +116,7 @@ def choose(layer: Layer, asked: Asked, *, seed: int) -> Chosen | ir.Skip:
     found = [c for c in _candidates(layer, asked, spectra, limit) if c is not None]
     if not found:
         return ir.Skip(_nothing(layer, asked, dense, limit))
-    measured = [m for m in (_measured(layer, c, seed) for c in _finalists(found, asked)) if _keeps(m[1], asked)]
+    measured = [m for m in (_measured(layer, c, asked, seed) for c in _finalists(found, asked)) if _keeps(m[1], asked)]
     if not measured:
         return ir.Skip(f"error={asked.error:g}: no factors within it are smaller than the weight")
     best = _pick([candidate for _, candidate in measured], asked)
@@ -250,16 +251,16 @@ def _of_cp(form: Form, goal: Goal, layer: Layer, asked: Asked) -> Candidate | No
     if len(asked.structures) > 1 and 8 * sweep_cost(form.sizes, rank) > _FIT_EFFORT:
         return None
     if goal.error is not None:
-        return _smallest_cp(form, rank, goal.error, layer)
+        return _smallest_cp(form, rank, goal.error, layer, asked)
     return _candidate(form, (rank,), None, layer)
 
 
-def _smallest_cp(form: Form, most: int, error: float, layer: Layer) -> Candidate | None:
+def _smallest_cp(form: Form, most: int, error: float, layer: Layer, asked: Asked) -> Candidate | None:
     """The least rank whose fit stays within an error, by bisection: the fits' errors fall with the rank, nearly."""
     found, low, high = None, 1, most
     while low <= high:
         middle = (low + high) // 2
-        trial = _measured(layer, _candidate(form, (middle,), None, layer), seed=0)[1]
+        trial = _measured(layer, _candidate(form, (middle,), None, layer), asked, seed=0)[1]
         if trial.error is not None and trial.error <= error:
             found, high = trial, middle - 1
         else:
@@ -293,8 +294,8 @@ def _pick(candidates: Sequence[Candidate], asked: Asked) -> Candidate:
     return min(near, key=lambda c: (c.nanoseconds, _value(c, asked)))
 
 
-def _measured(layer: Layer, candidate: Candidate, seed: int) -> tuple[Factors, Candidate]:
-    factors = fit(layer.weight, candidate.form, candidate.ranks, rng=np.random.default_rng(seed))
+def _measured(layer: Layer, candidate: Candidate, asked: Asked, seed: int) -> tuple[Factors, Candidate]:
+    factors = fit(layer.weight, candidate.form, candidate.ranks, rng=np.random.default_rng(seed), effort=asked.effort)
     factors = factors.astype(layer.weight.dtype)
     return factors, dataclasses.replace(candidate, error=relative_error(layer.weight, factors))
 
