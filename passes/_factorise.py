@@ -90,8 +90,8 @@ def _choose_all(taken: Sequence[FactorSite], ctx: Context, asked: Callable[[str]
 
 def _note(chosen: Chosen, site: ir.WeightSite) -> str:
     candidate = chosen.candidate
+    times = f", predicted {candidate.nanoseconds / 1e3:.1f} us, dense {chosen.dense_nanoseconds / 1e3:.1f} us"
     return (
         f"{candidate}: {int(np.prod(site.shape))} -> {chosen.factors.parameters} parameters, relative error "
-        f"{candidate.error:.4f}, predicted {candidate.nanoseconds / 1e3:.1f} us, dense "
-        f"{chosen.dense_nanoseconds / 1e3:.1f} us"
+        f"{candidate.error:.4f}{'' if site.kind == 'Gather' else times}"
     )

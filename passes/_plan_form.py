@@ -151,12 +151,12 @@ def _cp(dense: Shape) -> Iterator[Form]:
 
 
 def _tt(dense: Shape) -> Iterator[Form]:
-    for blocks in (*_orders(dense), *_digits(dense)):
+    for blocks in dict.fromkeys((*_orders(dense), *_digits(dense))):
         yield Form("tt", blocks, tuple((j, j + 1) for j in range(len(blocks) - 1)))
 
 
 def _sekron(dense: Shape) -> Iterator[Form]:
-    for blocks in (*_orders(dense), *_digits(dense)):
+    for blocks in dict.fromkeys((*_orders(dense), *_digits(dense))):
         if len(blocks) == 3:
             yield Form("sekron", blocks, ((0, 1, 2), (1, 2)))
 
