@@ -141,7 +141,8 @@ def with_ranks(listed: Sequence[Form], ranks: Sequence[int]) -> list[Form]:
 def _gkpd(dense: Shape) -> Iterator[Form]:
     for first in itertools.product(*(_divisors(size) for size in dense)):
         second = tuple(size // part for size, part in zip(dense, first, strict=True))
-        if math.prod(first) > 1 and math.prod(second) > 1:
+        mirrored = len(dense) == 2 and first == (1, dense[1])  # a linear chain runs from the cheaper end anyway
+        if math.prod(first) > 1 and math.prod(second) > 1 and not (mirrored and dense[0] > 1):
             yield Form("gkpd", (first, second), ((0, 1),))
 
 
