@@ -152,7 +152,7 @@ def _cp(dense: Shape) -> Iterator[Form]:
 
 
 def _tt(dense: Shape) -> Iterator[Form]:
-    for blocks in dict.fromkeys((*_orders(dense), *_digits(dense))):
+    for blocks in dict.fromkeys((*_orders(dense), *_digits(dense), *_states(dense))):
         yield Form("tt", blocks, tuple((j, j + 1) for j in range(len(blocks) - 1)))
 
 
@@ -207,6 +207,19 @@ def _digits(dense: Shape) -> Iterator[tuple[Shape, ...]]:
         )
         if all(math.prod(block) > 1 for block in blocks):
             yield blocks
+
+
+def _states(dense: Shape) -> Iterator[tuple[Shape, ...]]:
+    """The outputs cut into two digits, then the inputs: a low-rank product whose sides are trains (matrix product
+    states), beside `_digits`, which are operators.
+    """
+    if math.prod(dense[2:]) > 1:
+        return
+    pairs = [sorted(((d, size // d) for d in _divisors(size)), key=lambda p: (max(p), p))[:2] for size in dense[:2]]
+    ones = (1,) * (len(dense) - 2)
+    for (f, g), (c, d) in itertools.product(*pairs):
+        if min(f, g, c, d) > 1:
+            yield ((f, 1, *ones), (g, 1, *ones), (1, c, *ones), (1, d, *ones))
 
 
 def _triples(size: int) -> Iterator[tuple[int, int, int]]:
