@@ -39,7 +39,7 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     """The tile of least estimated time for `rows` x `width` positions of `columns` channels.
 
     A step of the reduction loads high·wide scalars and the tile's registers of weights, and does their
-    product in fused multiply-adds: two of each a cycle, a latency of four cycles, and weights that come
+    product in fused multiply-adds: two a cycle, loads a little fewer, a latency of four cycles, and weights that come
     from the second-level cache.
     """
     if machine.kind == "cuda":
@@ -47,15 +47,15 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     vector = vector_width(columns, machine)
     limit = machine.registers - 4
     vectors = math.ceil(columns / vector)
-    # Wider tiles than two registers stream weights faster than the second-level cache gives them
-    # (measured: 64 columns reach 80 % of 32); only few positions need them, to hide the latency.
-    widest = 2 if rows * width >= 4 else 8
+    # Wider tiles than three registers stream weights faster than the second-level cache gives them
+    # (measured with AVX-512: 64 columns reach 80 % of 48); only few positions need them, to hide the latency.
+    widest = (3 if machine.kind == "x86" else 2) if rows * width >= 4 else 8
     best: tuple[float, int, Tile] | None = None
     for held in range(1, min(widest, vectors) + 1):
         for wide in range(1, min(width, limit // held) + 1):
             for high in range(1, min(rows, limit // (held * wide)) + 1):
                 positions = wide * high
-                step = max(positions * held / 2, (positions + held) / 2, 4.0, 1.5 * held)
+                step = max(positions * held / 2, 0.8 * (positions + held), 4.0, 1.5 * held)
                 tiles = math.ceil(rows / high) * math.ceil(width / wide) * math.ceil(vectors / held)
                 tile = Tile(high, wide, held * vector, vector)
                 key = (tiles * (step + 0.25 * held), -positions * held, tile)
