@@ -58,7 +58,9 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
                 step = max(positions * held / 2, 0.8 * (positions + held), 4.0, 1.5 * held)
                 tiles = math.ceil(rows / high) * math.ceil(width / wide) * math.ceil(vectors / held)
                 tile = Tile(high, wide, held * vector, vector)
-                key = (tiles * (step + 0.25 * held), -positions * held, tile)
+                # The input is copied to where it fills the last tiles.
+                copy = 1.0 if width % wide == 0 and rows % high == 0 else 1.05
+                key = (copy * tiles * (step + 0.25 * held), -positions * held, tile)
                 if best is None or key[:2] < best[:2]:
                     best = key
     assert best is not None

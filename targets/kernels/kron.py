@@ -8,6 +8,7 @@ behind them goes into vectors (`kron_left`). Only where neither fits are dimensi
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def sekron_conv(e: Emitter, node: onnx_ir.Node) -> None:
     lists = {name: tuple(e.attribute(node, name, ())) for name in ("strides", "dilations", "pads")}
     given = ir.stage_windows(chain, lists["strides"], lists["dilations"], lists["pads"])
     windows = [_window(chain, lists if own is None else own, k + 1) for k, own in enumerate(given)]
+    windows = _padded_early(chain, windows)
     running = Running(e, e.nhwc(x), chain, group=int(e.attribute(node, "group", 1)))
     e.set(node.outputs[0], _run(running, factors, windows, bias), "nhwc")
 
@@ -97,6 +99,36 @@ def _window(chain: ir.Chain, given: dict[str, tuple[int, ...]], factor: int) -> 
         given.get("dilations", (1,) * n),
         tuple((pads[i], pads[n + i]) for i in range(n)),
     )
+
+
+def _padded_early(chain: ir.Chain, windows: Sequence[conv.Window]) -> list[conv.Window]:
+    """Pads moved to the stage that reads the fewest channels: until the first taps, what is zero stays zero."""
+    stages = chain.stages()
+    read = [_channels(chain, stage) for stage in stages]
+    result = list(windows)
+    for axis in range(chain.spatial):
+        for now, stage in enumerate(stages):
+            first = min(range(now + 1), key=lambda k: (read[k], -k))
+            home, owner = stages[first].factor - 1, stage.factor - 1
+            pads = result[owner].pads[axis]
+            if any(pads) and read[first] * 2 <= read[now]:
+                result[owner] = _with_pads(result[owner], axis, (0, 0))
+                result[home] = _with_pads(result[home], axis, pads)
+                break
+    return result
+
+
+def _channels(chain: ir.Chain, stage: ir.Stage) -> int:
+    """Channels that a stage reads."""
+    k, count = stage.factor, len(chain.shapes)
+    kept = math.prod(chain.inputs(j) for j in range(1, k + 1)) * math.prod(
+        chain.outputs(j) for j in range(k + 1, count + 1)
+    )
+    return kept * math.prod(chain.rank(r) for r in (*stage.grouped, *stage.summed, *stage.passed))
+
+
+def _with_pads(window: conv.Window, axis: int, pads: tuple[int, int]) -> conv.Window:
+    return dataclasses.replace(window, pads=(*window.pads[:axis], pads, *window.pads[axis + 1 :]))
 
 
 def _run(
