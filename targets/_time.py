@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from mc_opt import ir
 from mc_opt.targets._base import Price
 
+# A byte that is moved into another order takes as long as so many that only pass from one kernel to the next.
+_MOVES = 2
+
 
 def predicted_time(
     shapes: Sequence[Sequence[int]],
@@ -22,8 +25,9 @@ def predicted_time(
     """Nanoseconds that our kernels take for one layer on one core.
 
     Of every stage of a chain (a dense layer is a chain of one factor): its multiply-adds, where the dimension that
-    stands in vectors is rounded up to whole vectors; its weights, read once; what it writes for the next stage to
-    read; and what a call of a kernel costs beside them.
+    stands in vectors is rounded up to whole vectors; its weights, read once; what it writes for the next kernel to
+    read; what it costs to transpose channels behind those that it sums over, where that is cheaper than short vectors;
+    and what a call of a kernel costs beside them. Padding, tails of tiles and misses of a cache are not modelled.
 
     Args:
         shapes: the factors' shapes, factor 1 first; of a dense layer [its weight's], [F, C / group, K_1, ..].
@@ -58,11 +62,19 @@ def _stage_time(
     if k == 1:  # the factor's outputs are those of all groups
         made //= group
     rows = place * before * passed * groups * group
-    in_vectors, beside = (behind, made) if behind > 1 else (made, 1)
-    vector = min(price.lanes, 1 << max(in_vectors - 1, 0).bit_length())
-    filled = -(-in_vectors // vector) * vector
-    # A vector shorter than the register takes as long.
-    steps = rows * depth * beside * filled * (price.lanes / vector)
-    handed = 0.0 if stage.factor == (count if reverse else 1) else rows * made * behind * itemsize * price.traffic
-    weights = math.prod(chain.shapes[k - 1]) * itemsize * price.bytes
-    return steps * (price.mul + price.add) + weights + handed + price.call
+    # Vectors along what the stage makes; or, with channels behind, along these if no transposition is cheaper.
+    steps = rows * behind * depth * _filled(made, price.lanes)
+    moved = 0
+    if behind > 1:
+        moved = rows * behind * (depth + made) * itemsize
+        left = rows * depth * made * behind * price.lanes // math.gcd(behind, price.lanes)
+        if left * (price.mul + price.add) <= steps * (price.mul + price.add) + moved * _MOVES * price.traffic:
+            steps, moved = left, 0
+    written = rows * made * behind * itemsize + moved * _MOVES
+    weights = math.prod(chain.shapes[k - 1]) * itemsize
+    return steps * (price.mul + price.add) + weights * price.bytes + written * price.traffic + price.call
+
+
+def _filled(count: int, lanes: int) -> int:
+    """Numbers that stand in vectors, filled up; a vector shorter than the register takes as long."""
+    return -(-count // lanes) * lanes

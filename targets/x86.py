@@ -26,9 +26,10 @@ class X86(Target):
 
     name: ClassVar[str] = "x86"
     # Nanoseconds a unit on one core: benchmarks/price.py on an Intel Xeon (sapphirerapids, AVX-512). A fused
-    # multiply-add is one product and one sum, half of its 0.0108 each; it is taken off shift's and lookup's loops.
+    # multiply-add is one product and one sum, half of its 0.0108 each; it is taken off shift's and lookup's loops;
+    # call and traffic are the best of benchmarks/kron_speed.py.
     price: ClassVar[Price] = Price(
-        mul=0.0054, add=0.0054, shift=0.019, xnor=0.0008, lookup=0.031, bytes=0.05, lanes=16, call=400, traffic=0.02
+        mul=0.0054, add=0.0054, shift=0.019, xnor=0.0008, lookup=0.031, bytes=0.05, lanes=16, call=400, traffic=0.05
     )
 
     cpu: Literal["native", "x86-64-v3", "x86-64-v4"] = "native"

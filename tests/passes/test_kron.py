@@ -25,8 +25,8 @@ def test_a_conv_gets_two_factors() -> None:
 
 def test_a_planted_product_is_found() -> None:
     rng = np.random.default_rng(0)
-    w = np.kron(rng.standard_normal((12, 8)), rng.standard_normal((8, 4)))
-    text = "g (float[400,96] x) => (float[400,32] y) <float[96,32] w> { y = MatMul (x, w) }"
+    w = np.kron(rng.standard_normal((12, 8)), rng.standard_normal((16, 16)))
+    text = "g (float[400,192] x) => (float[400,128] y) <float[192,128] w> { y = MatMul (x, w) }"
     ran = passes.run(model(text, {"w": w}), passes.Pipeline.parse("kron{error=0.001}"), passes.Context())
     (layer, note), *_ = ran.report.passes[0].notes
     assert layer == "w" and "relative error 0.0000" in note

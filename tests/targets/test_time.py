@@ -1,0 +1,33 @@
+"""targets.predicted_time: what follows from the shapes alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from mc_opt import ir, targets
+
+PRICE = targets.Price(mul=1.0, add=1.0, shift=0.0, xnor=0.0, lookup=0.0, bytes=0.0, lanes=16)
+
+
+def test_a_dense_layer_takes_its_multiplications():
+    work = ir.dense_work((64, 32, 3, 3), outputs=100)
+    assert targets.predicted_time([(64, 32, 3, 3)], outputs=100, price=PRICE) == 2 * work.mul
+
+
+def test_whole_vectors_of_factors_take_their_multiplications():
+    shapes = [(2, 8, 4, 1, 1), (2, 16, 8, 3, 3)]
+    work = ir.factored_work(shapes, 1, outputs=100)
+    assert targets.predicted_time(shapes, 1, outputs=100, price=PRICE) == 2 * work.mul
+
+
+def test_a_vector_is_paid_for_whole():
+    times = [targets.predicted_time([(n, 32)], outputs=100, price=PRICE) for n in (16, 17, 32, 33)]
+    assert times == [times[0], 2 * times[0], 2 * times[0], 3 * times[0]]
+
+
+# Factor 1 runs first, from 4 x 4 inputs of a row to 4 x 4, then factor 2 to 4 x 16.
+@pytest.mark.parametrize(("field", "units"), [("call", 2), ("traffic", 100 * (16 + 64) * 4), ("bytes", (16 + 64) * 4)])
+def test_what_is_beside_the_multiplications(field, units):
+    free = dict.fromkeys(("mul", "add", "shift", "xnor", "lookup", "bytes"), 0.0)
+    price = targets.Price(**{**free, "lanes": 16, field: 1.0})
+    assert targets.predicted_time([(4, 4), (16, 4)], 0, outputs=100, price=price) == units
