@@ -33,6 +33,8 @@ def record(old: onnx_ir.Model, new: onnx_ir.Model, *, made_by: str, log: Log) ->
         signed = change.kind == "added" and ir.Origin(made_by, rule) in change.by
         if not signed:
             touched.setdefault(rule, {"node": [], "value": []})[thing[0]].append(thing[1])
+    for thing, rule in _renamed(found, log).items():
+        touched.setdefault(rule, {"node": [], "value": []})[thing[0]].append(thing[1])
     entries = [
         ir.Touched(ir.Origin(made_by, rule), tuple(names["node"]), tuple(names["value"]))
         for rule, names in sorted(touched.items())
@@ -43,6 +45,12 @@ def record(old: onnx_ir.Model, new: onnx_ir.Model, *, made_by: str, log: Log) ->
             renamed[rename.what][rename.before] = rename.after
         entries.append(ir.Touched(ir.Origin(made_by, ""), (), (), renamed["node"], renamed["value"]))
     ir.add_history(new, entries)
+
+
+def _renamed(found: ir.Diff, log: Log) -> dict[Thing, str]:
+    """What the pass said that it removes and the diff takes as renamed: a later pass may leave no likeness to match."""
+    before = [("node" if rename.what == "node" else "value", rename.before) for rename in found.renames]
+    return {thing: log.rules[thing] for thing in before if thing in log.rules}
 
 
 def _thing(change: ir.Change) -> Thing:
