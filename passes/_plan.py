@@ -41,7 +41,8 @@ class Asked:
         flops: in its place: at most that share of the multiplications; 0 for none.
         structures: those to choose from.
         ranks: the ranks themselves; empty to find them.
-        limit_time: nothing that is predicted to be slower than the dense layer.
+        limit_time: nothing that is predicted to be slower than the dense layer; and where multiplications are to be
+            saved, nothing that does not save at least half as large a share of the time.
         split_only: forms that divide an axis between factors alone.
         effort: seconds for singular values and for each fit with many minima, by an estimate that knows no clock.
     """
@@ -54,6 +55,11 @@ class Asked:
     limit_time: bool = True
     split_only: bool = False
     effort: float = EFFORT
+
+    @property
+    def most_time(self) -> float:
+        """The share of the dense layer's predicted time that factors may take."""
+        return (1 + self.flops) / 2 if self.flops else 1.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def choose(layer: Layer, asked: Asked, *, seed: int) -> Chosen | ir.Skip:
     if not spectra.power:
         return ir.Skip("all its weights are 0; there is nothing to approximate")
     dense = dense_time(layer.place, layer.weight.shape)
-    limit = dense if asked.limit_time and not layer.table else math.inf
+    limit = dense * asked.most_time if asked.limit_time and not layer.table else math.inf
     found = [c for c in _candidates(layer, asked, spectra, limit) if c is not None]
     if not found:
         return ir.Skip(_nothing(layer, asked, dense, limit))
@@ -129,7 +135,8 @@ def _nothing(layer: Layer, asked: Asked, dense: float, limit: float) -> str:
     fastest = _fastest(layer, asked)
     if fastest is not None and fastest.nanoseconds > limit:
         took, was = fastest.nanoseconds / 1e3, dense / 1e3
-        return f"would be slower: {fastest} is predicted to take {took:.1f} us, dense {was:.1f} us"
+        word = "save too little time" if asked.flops and took <= was else "be slower"
+        return f"would {word}: {fastest} is predicted to take {took:.1f} us, dense {was:.1f} us"
     if asked.ranks:
         ranks = ",".join(map(str, asked.ranks))
         return f"ranks={ranks}: no factors of {shape} have them in {_most(layer, asked)} numbers"
