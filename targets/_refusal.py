@@ -19,7 +19,7 @@ def check(model: onnx_ir.Model, target: str, *, form: str = "vm") -> None:
     Args:
         model: what goes in.
         target: whose name the message begins with.
-        form: `vm` takes any batch and any length of a sequence on a processor; `static` has one plan of its memory.
+        form: `vm` takes any batch and any length of a sequence; `static` has one plan of its memory.
 
     Raises:
         TargetError: naming the input, and what to do.
@@ -52,11 +52,6 @@ def _check_input(model: onnx_ir.Model, value: onnx_ir.Value, target: str, form: 
         raise TargetError(
             f"{target}: input {value.name!r} has the symbolic shape {type_text(value)}, and form=static plans memory"
             f" for one shape; build form=vm, or add for example {shape_advice(model)}"
-        )
-    if target == "cuda" and not all(isinstance(d, int) for d in value.shape):
-        raise TargetError(
-            f"{target}: input {value.name!r} has the symbolic shape {type_text(value)}, and its kernels are built for"
-            f" one shape; add for example {shape_advice(model)}"
         )
     if 0 in value.shape:
         raise TargetError(

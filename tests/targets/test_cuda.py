@@ -143,6 +143,22 @@ def test_the_scheduled_kernels_equal_the_export_as_fibers(name: str, tmp_path: P
         assert np.abs(wanted - array).max() <= 1e-5 * np.abs(wanted).max()  # float32 sums in another order
 
 
+@pytest.mark.zig
+@pytest.mark.slow
+def test_one_artefact_of_open_sizes_as_fibers(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not here: the scheduled kernels did not run")
+    proto = _kernels.model(BLOCK.replace("[2,7,32]", "[b,s,32]"), example("block")[1])
+    held = onnx_ir.from_proto(proto)
+    ir.infer_shapes(held)
+    mc_opt.build(held, "cuda{code=source}", tmp_path)
+    for b, s in ((1, 1), (3, 16), (2, 70)):
+        inputs = _kernels.feeds(proto, {"b": b, "s": s})
+        (wanted,) = _kernels.reference(proto, inputs)
+        (array,) = _cuda_on_cpu.run(tmp_path / "cuda", inputs).values()
+        assert np.abs(wanted - array).max() <= 1e-5 * np.abs(wanted).max()
+
+
 # --- assembled, not run --------------------------------------------------------------------------
 
 

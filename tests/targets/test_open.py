@@ -12,7 +12,6 @@ import pytest
 
 from mc_opt import ir, targets
 from mc_opt.targets._manifest import Port
-from mc_opt.targets._refusal import check as check_target
 from mc_opt.targets._vm import check_inputs
 from tests._harness import model
 from tests.targets._kernels import check, normal
@@ -196,9 +195,3 @@ def test_norms_and_rearrangements() -> None:
         d = DepthToSpace<blocksize=2>(x) pads = Constant<value_ints=[0,2,0,0,1,0]>() p = Pad(z, pads) }"""
     weights = {"w": normal(8), "u": normal(8, seed=1), "one": np.ones(8, np.float32)}
     check(text, weights, sizes=SIZES)
-
-
-def test_cuda_has_one_shape() -> None:
-    source = model(f"{HEADER} g (float[n,3] x) => (float[n,3] y) {{ y = Relu(x) }}")
-    with pytest.raises(targets.TargetError, match=r"cuda: input 'x' .* built for one shape; add for example .*x=1x3$"):
-        check_target(source, "cuda")
