@@ -13,6 +13,7 @@ from tvm.s_tir import dlight
 from mc_opt.targets.kernels import _lookup_rows
 from mc_opt.targets.kernels._schedule import SCHEDULED, first_line
 
+_THREADS = 256
 _RULES = (
     dlight.gpu.Matmul,
     dlight.gpu.GEMV,
@@ -49,6 +50,7 @@ def _scheduled(function: Any, target: tvm.target.Target, name: str) -> Any:
     problems = []
     rules: list[tuple[str, Callable[[], Any]]] = [("ours", lambda: _lookup_rows.schedule(function))]
     rules += [(rule.__name__, functools.partial(rule().apply, function, target, False)) for rule in _RULES]
+    rules.append(("axis by axis", lambda: _axis_by_axis(function)))
     for rule, apply in rules:
         try:
             made = apply()
@@ -62,6 +64,27 @@ def _scheduled(function: Any, target: tvm.target.Target, name: str) -> Any:
         if not _is_unbound(scheduled.body):
             return scheduled
     raise RuntimeError(f"{name}: no rule puts the kernel into threads: {'; '.join(problems) or 'none takes it'}")
+
+
+def _axis_by_axis(function: Any) -> s_tir.Schedule:
+    """Open axes as the grid, each by itself, and the others as threads: nothing needs to be proven about products."""
+    state = s_tir.Schedule(function)
+    for block in state.get_child_blocks(state.get_sblock("root")):
+        kinds = [int(v.iter_type) for v in state.get(block).iter_vars]
+        loops = list(state.get_loops(block))
+        kept = [x for x, kind in zip(loops, kinds, strict=True) if kind == tirx.IterVar.DataPar]
+        steps = [x for x, kind in zip(loops, kinds, strict=True) if kind != tirx.IterVar.DataPar]
+        grid = [x for x in kept if not isinstance(state.get(x).extent, tirx.IntImm)]
+        fixed = [x for x in kept if isinstance(state.get(x).extent, tirx.IntImm)] or [state.add_unit_loop(block)]
+        state.reorder(*grid, *fixed, *steps)
+        for loop, tag in zip(grid, ("blockIdx.x", "blockIdx.y", "blockIdx.z"), strict=False):
+            state.bind(loop, tag)
+        inner = state.fuse(*fixed) if len(fixed) > 1 else fixed[0]
+        _, thread = state.split(inner, [None, min(_THREADS, int(state.get(inner).extent))])
+        state.bind(thread, "threadIdx.x")
+        if steps:
+            state.decompose_reduction(block, steps[0])
+    return state
 
 
 def _lower(function: Any, target: tvm.target.Target) -> None:
