@@ -14,6 +14,7 @@ import pytest
 # One thread everywhere: the machine may be shared, and sums come out the same on every run.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the tests that import it without mc-opt
 
 
 def _module(name: str) -> Callable[[], str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import re
 import tempfile
@@ -12,10 +13,13 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import onnx_ir
-import onnxruntime
 
 from mc_opt.ir.errors import DataError, IRError
 from mc_opt.ir.run.drift import EXACT_SHARE, Drift, DriftMeter, OutputDrift, OutputVerdict, Verdict, judge
+
+# ONNX Runtime's wheels keep a device id and send usage to their maker unless this is set before they load.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
 __all__ = [
     "Drift",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -270,3 +273,12 @@ def test_a_refusal_is_told_without_places_in_c_source() -> None:
     model = onnx_ir.from_onnx_text(f'<ir_version: 99, opset_import: ["": 21]> {SCALED}')
     with pytest.raises(ir.IRError, match=r"refuses the model: Unsupported model IR version: 99"):
         Session(model)
+
+
+def test_nothing_is_reported_or_left_at_home(tmp_path: pathlib.Path) -> None:
+    """ONNX Runtime's wheels would keep a device id and a queue of events in the user's cache."""
+    code = "from mc_opt.ir.run import ort"
+    names = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
