@@ -10,9 +10,14 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
+from mc_opt.targets._relax import dims
 from mc_opt.targets.kernels import _lookup_rows
 from mc_opt.targets.kernels._schedule import SCHEDULED, first_line
 
+# Rules that give one sum to many threads.
+_SHARED_SUMS = (dlight.gpu.GEMV, dlight.gpu.LowBatchGEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction)
+# A sum of at most so many terms stays in a thread where there are at least so many sums.
+_FEW_TERMS, _MANY_SUMS = 128, 4096
 _THREADS = 256
 _RULES = (
     dlight.gpu.Matmul,
@@ -49,7 +54,8 @@ def _scheduled(function: Any, target: tvm.target.Target, name: str) -> Any:
     """The kernel by the first rule whose schedule can be compiled; some rules take more than they can finish."""
     problems = []
     rules: list[tuple[str, Callable[[], Any]]] = [("ours", lambda: _lookup_rows.schedule(function))]
-    rules += [(rule.__name__, functools.partial(rule().apply, function, target, False)) for rule in _RULES]
+    chosen = [rule for rule in _RULES if rule not in _SHARED_SUMS] if _sums_little(function) else list(_RULES)
+    rules += [(rule.__name__, functools.partial(rule().apply, function, target, False)) for rule in chosen]
     rules.append(("axis by axis", lambda: _axis_by_axis(function)))
     for rule, apply in rules:
         try:
@@ -64,6 +70,23 @@ def _scheduled(function: Any, target: tvm.target.Target, name: str) -> Any:
         if not _is_unbound(scheduled.body):
             return scheduled
     raise RuntimeError(f"{name}: no rule puts the kernel into threads: {'; '.join(problems) or 'none takes it'}")
+
+
+def _sums_little(function: Any) -> bool:
+    """Whether the kernel is one short sum for each of many elements, such as a depthwise convolution or a pooling."""
+    state = s_tir.Schedule(function)
+    blocks = [state.get(b) for b in state.get_child_blocks(state.get_sblock("root"))]
+    sums = [b for b in blocks if any(int(v.iter_type) == tirx.IterVar.CommReduce for v in b.iter_vars)]
+    if len(sums) != 1:
+        return False
+    terms = count = 1
+    for axis in sums[0].iter_vars:
+        extent = int(axis.dom.extent) if isinstance(axis.dom.extent, tirx.IntImm) else dims.NOMINAL
+        if int(axis.iter_type) == tirx.IterVar.CommReduce:
+            terms *= extent
+        else:
+            count *= extent
+    return terms <= _FEW_TERMS and count >= _MANY_SUMS
 
 
 def _axis_by_axis(function: Any) -> s_tir.Schedule:
