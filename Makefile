@@ -13,7 +13,7 @@ UNMARKED := not models and not qemu and not browser and not slow and not gpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-big clean
+.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-headline bench-big clean
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ types: $(STAMP) .typing/mc_opt  ## mypy --strict on the four rooms
 bench-models: $(STAMP)  ## every public model: exact passes, then denseshift on x86, each beside its bounds
 	@$(BIN)/python -m benchmarks.public_models
 	@$(BIN)/python -m benchmarks.public_models --passes fold-batch-norm,denseshift --target x86
+
+bench-headline: $(STAMP)  ## sekron,denseshift on every public model for onnx, x86 and arm (needs qemu-user)
+	@$(BIN)/python -m benchmarks.headline
 
 bench-big: $(STAMP)  ## a model of 2.5 GiB: seconds and peak memory
 	@$(BIN)/python -m benchmarks.big_model
