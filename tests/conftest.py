@@ -9,12 +9,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # One thread everywhere: the machine may be shared, and sums come out the same on every run.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the tests that import it without mc-opt
+
+
+# The same draws on every machine and no deadline, as it may be busy; `--hypothesis-profile=explore` draws anew.
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 def _module(name: str) -> Callable[[], str | None]:
