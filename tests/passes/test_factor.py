@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc_opt import ir
-from mc_opt.passes import _factor_svd
+from mc_opt.passes import _factor_chain, _factor_svd
 from mc_opt.passes._factor import Structure, block, relative_error
 from mc_opt.passes._factor_fit import fit
-from mc_opt.passes._plan_form import STRUCTURES, Form, forms
+from mc_opt.passes._plan_form import Form, forms
 
 SHAPES = [(6, 4), (4, 6, 3), (4, 6, 2, 3), (4, 2, 3, 1, 2)]
 
@@ -108,12 +109,26 @@ def test_a_worked_example_of_two_factors() -> None:
     assert error(w, Form("gkpd", (a.shape, b.shape), ((0, 1),)), (1,)) < 1e-7
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_refinement_does_not_lose_to_the_start(structure: Structure) -> None:
-    w = weight((12, 8, 3, 3)) + 5 * np.ones((12, 8, 3, 3))
-    for form in itertools.islice(forms(w.shape, structure), 0, 40, 7):
-        ranks = tuple(max(1, most // 3) for most in form.largest())
-        assert relative_error(w, fit(w, form, ranks, rng=np.random.default_rng(0))) < 1
+def test_sweeps_only_lower_the_error() -> None:
+    tensor = weight((12, 8, 9)) + 1
+
+    def errors(fitted: Callable[[int], np.ndarray]) -> list[float]:
+        return [float(np.linalg.norm(tensor - fitted(sweeps))) for sweeps in (0, 1, 4, 16)]
+
+    def chain(sweeps: int) -> np.ndarray:
+        first, middle, last = _factor_chain.train(tensor, (4, 3), sweeps=sweeps)
+        return np.einsum("ai,abj,bk->ijk", first[:, 0], middle, last[0])
+
+    def tucker(sweeps: int) -> np.ndarray:
+        core, (first, _, last) = _factor_chain.tucker(tensor, (4, None, 3), sweeps=sweeps)
+        return np.einsum("ajb,ia,kb->ijk", core, first, last)
+
+    def nested(sweeps: int) -> np.ndarray:
+        return _factor_svd.expand(_factor_svd.nested(tensor, (3, 2), sweeps=sweeps))
+
+    for fitted in (chain, tucker, nested):
+        found = errors(fitted)
+        assert found == sorted(found, reverse=True) and found[-1] < found[0]
 
 
 def test_a_planted_polyadic_form_is_found() -> None:

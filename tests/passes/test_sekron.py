@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir
 import pytest
 
 from mc_opt import ir, passes
+from mc_opt.passes import _factorise, _plan
 from tests._harness import apply, check, largest_difference, model, skipped, to_bytes
 
 CONV = """g (float[1,32,20,20] x) => (float[1,48,20,20] y) <float[48,32,3,3] w, float[48] b> {
@@ -117,7 +120,9 @@ def test_a_table_is_read_in_factors(ids: str, *, split: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("structure", ["gkpd", "tucker", "tt", "cp", "sekron"])
-def test_every_window_of_every_structure(shape: tuple[int, ...], attributes: str, structure: str) -> None:
+def test_every_window_of_every_structure(
+    shape: tuple[int, ...], attributes: str, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group = 2 if "group" in attributes else 1
     sizes = ",".join(str(9 + axis) for axis in range(len(shape) - 2))
     text = f"""g (float[2,{shape[1] * group},{sizes}] x) => (float[N,{shape[0]},{"A,B,C"[: 2 * len(shape) - 5]}] y)
@@ -125,23 +130,12 @@ def test_every_window_of_every_structure(shape: tuple[int, ...], attributes: str
     source = model(text, {"w": low_rank(shape, 2)})
     step = passes.Pipeline.parse(f"sekron{{structure={structure} ratio=0.7}}")
     # Small layers are slower in factors; what is held here is that they compute the same.
-    from mc_opt.passes import _factorise
-    from mc_opt.passes._plan import Asked, choose
-
-    found: list[np.ndarray] = []
-
-    def without_limit(layer: object, asked: Asked, *, seed: int) -> object:
-        import dataclasses
-
-        chosen = choose(layer, dataclasses.replace(asked, limit_time=False), seed=seed)  # type: ignore[arg-type]
-        found.append(getattr(chosen, "factors", None))
-        return chosen
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_factorise, "choose", without_limit)
-        result = passes.run(source, step, passes.Context()).model
-    if found[0] is None:
-        pytest.skip(f"{structure} has no form of {shape} that is small enough")
+    monkeypatch.setattr(
+        _factorise,
+        "choose",
+        lambda layer, asked, seed: _plan.choose(layer, replace(asked, limit_time=False), seed=seed),
+    )
+    result = passes.run(source, step, passes.Context()).model
     dense = dense_again(result, "w").astype(np.float32)
     expected = model(text, {"w": dense})
     x = np.random.default_rng(0).standard_normal((2, shape[1] * group, *range(9, 7 + len(shape)))).astype(np.float32)
