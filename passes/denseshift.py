@@ -173,7 +173,8 @@ def _layer_at(node: onnx_ir.Node) -> str | None:
     for index in (1, 0) if node.op_type != "Conv" else (1,):
         value = node.inputs[index]
         if value is not None and not value.is_graph_input() and stored(value) is not None:
-            return factored_layer(value) or ir.layer_of(value)
+            # A plain product with a factor is the second half of a factored table: an embedding, which no end means.
+            return None if factored_layer(value) else ir.layer_of(value)
     return None
 
 

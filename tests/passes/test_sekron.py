@@ -105,6 +105,18 @@ def test_a_table_is_read_in_factors(ids: str, *, split: bool) -> None:
     assert apply("sekron", result)[1] == 0, "the MatMul and the smaller table are factors already"
 
 
+def test_a_factored_table_is_no_first_layer() -> None:
+    """`skip=first` means a layer; the product of a table's factors is still an embedding, which is taken."""
+    text = """g (int64[8] i) => (float[8,24] y) <float[300,24] t, float[24,24] a, float[24,24] z> {
+        x = Gather (t, i)
+        h = MatMul (x, a)
+        y = MatMul (h, z)
+    }"""
+    result = check("sekron{layers=t},denseshift", text, weights={"t": low_rank((300, 24), 2)})
+    decoded = sorted(n.outputs[0].name for n in result.graph if n.op_type == "Lookup")
+    assert decoded == ["t.factor1", "t.factor2"], "a is first and z is last"
+
+
 @pytest.mark.parametrize(
     ("shape", "attributes"),
     [
