@@ -231,7 +231,7 @@ def test_forms_that_split_an_axis_can_be_asked_for_alone() -> None:
 
 
 def test_the_same_seed_gives_the_same_factors() -> None:
-    first, second = (plan(weight((32, 24, 3, 3)), structures=("cp",)) for _ in range(2))
+    first, second = (plan(weight((32, 24, 3, 3)), structures=("cp",), limit_time=False) for _ in range(2))
     assert isinstance(first, _plan.Chosen) and isinstance(second, _plan.Chosen)
     for a, b in zip(first.factors.arrays, second.factors.arrays, strict=True):
         np.testing.assert_array_equal(a, b)
