@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,7 +100,8 @@ def names_agree(a: Side, b: Side) -> bool:
 def match_by_name(a: Side, b: Side) -> Matching:
     """Nodes of one name and op; nodes of one op whose first results have one name; then the rest by structure."""
     pairs = {n: b.nodes[t] for n, t in a.titles.items() if t in b.nodes and _op(n) == _op(b.nodes[t])}
-    _pair(pairs, a, b, lambda side: {n: (_op(n), n.outputs[0].name) for n in side.titles if n.outputs}, fresh=True)
+    results = [{n: (_op(n), n.outputs[0].name) for n in side.titles if n.outputs} for side in (a, b)]
+    _pair(pairs, *results, fresh=True)
     if _left_alike(pairs, a, b):
         _complete(pairs, a, b)
     taken = set(pairs.values())
@@ -123,7 +124,7 @@ def match_by_structure(a: Side, b: Side) -> Matching:
         looks[side] = tuple(_by_node(side, way) for way in (both, above, below))
     pairs: dict[onnx_ir.Node, onnx_ir.Node] = {}
     for way in range(3):
-        _pair(pairs, a, b, lambda side: looks[side][way], fresh=way > 0)  # noqa: B023 - called at once
+        _pair(pairs, looks[a][way], looks[b][way], fresh=way > 0)
     if _left_alike(pairs, a, b):
         _complete(pairs, a, b)
     return _with_values(pairs, a, b, by_structure=True)
@@ -172,7 +173,7 @@ def _pair_round(pairs: dict[onnx_ir.Node, onnx_ir.Node], a: Side, b: Side, looks
     for number in range(_RADIUS + 2):
         if len(pairs) > before:  # the new pairs say more about the rest than less of the surroundings does
             break
-        _pair(pairs, a, b, lambda side: _by_node(side, tries[side][number]), fresh=False)  # noqa: B023 - called at once
+        _pair(pairs, _by_node(a, tries[a][number]), _by_node(b, tries[b][number]), fresh=False)
     return len(pairs) > before
 
 
@@ -180,13 +181,11 @@ def _by_node(side: Side, colours: Mapping[str, int]) -> Looks:
     return {node: colours[title] for node, title in side.titles.items() if title in colours}
 
 
-def _pair(
-    pairs: dict[onnx_ir.Node, onnx_ir.Node], a: Side, b: Side, looks: Callable[[Side], Looks], *, fresh: bool
-) -> None:
+def _pair(pairs: dict[onnx_ir.Node, onnx_ir.Node], a: Looks, b: Looks, *, fresh: bool) -> None:
     """Pair the nodes that are left and look alike; `fresh`: only where the look has no second on its side."""
     taken = set(pairs.values())
-    first = {n: look for n, look in looks(a).items() if n not in pairs}
-    second = {n: look for n, look in looks(b).items() if n not in taken}
+    first = {n: look for n, look in a.items() if n not in pairs}
+    second = {n: look for n, look in b.items() if n not in taken}
     _pair_classes(pairs, first, second, unique=fresh)
 
 

@@ -89,6 +89,14 @@ def _refuse(
         raise TargetError(f"{where}: layout=1 (batch first); expected 0; put a Transpose before and after it")
     if e.attribute(node, "input_forget", 0):
         raise TargetError(f"{where}: input_forget=1; expected 0; build --target onnx")
+    r = node.inputs[2]
+    assert r is not None
+    most = _cells_shared.most_hidden(node.op_type, e.machine)
+    if e.machine.kind == "cuda" and e.shape(r)[2] > most:
+        raise TargetError(
+            f"{where}: {e.shape(r)[2]} hidden units; expected at most {most}, whose state threads can share; "
+            "build --target onnx"
+        )
     bias = node.inputs[3] if len(node.inputs) > 3 else None
     if bias is not None and e.constant(bias) is None:
         raise TargetError(f"{where}: the bias {bias.name!r} is computed by the model; run fold-constants first")
