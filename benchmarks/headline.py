@@ -149,13 +149,17 @@ def line(row: Mapping[str, Any]) -> str:
     """One row of the table."""
     if "error" in row:
         return f"| {row['model']} | exit {row['code']}: {row['error']} |"
-    pairs = lambda kind: " ".join(f"{d:.1e}/{b:.1e}" for d, b in row.get(kind, {}).values())  # noqa: E731
+    x86, arm = (_beside_bounds(row, kind) for kind in ("x86", "arm"))
     quality = " ".join(f"{v:.2g}" for v in row["quality"].values())
     return (
         f"| {row['model']} | {'yes' if holds(row) else 'NO'} | {100 * row['factored']:.1f} % | "
-        f"{row['recurrent_bytes']} | {quality} | {pairs('x86')} | {pairs('arm')} | {len(row['unexplained'])} | "
+        f"{row['recurrent_bytes']} | {quality} | {x86} | {arm} | {len(row['unexplained'])} | "
         f"{row['seconds']} |"
     )
+
+
+def _beside_bounds(row: Mapping[str, Any], kind: str) -> str:
+    return " ".join(f"{difference:.1e}/{bound:.1e}" for difference, bound in row.get(kind, {}).values())
 
 
 def main() -> int:

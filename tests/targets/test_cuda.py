@@ -6,6 +6,7 @@ scheduled for a GPU goes through the assembler where there is one, and as C++ th
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import mc_opt
 from mc_opt import ir, targets
 from mc_opt.ir import IRError
-from mc_opt.targets import _cuda, _gpu
+from mc_opt.targets import _cuda, _gpu, _machine
 from mc_opt.targets._manifest import Port
 from mc_opt.targets._runner import runner
 from tests._harness import model
@@ -108,6 +109,16 @@ def test_any_size_of_a_batch_and_a_sequence() -> None:
     check(
         text, example("block")[1], cpu="cuda", sizes=[{"b": b, "s": s} for b in (1, 3) for s in (1, 7, 16)], quiet=False
     )
+
+
+def test_a_state_that_no_block_can_share_is_refused_by_name() -> None:
+    from mc_opt.targets._relax import lower
+
+    held = onnx_ir.from_proto(_kernels.model(*example("gru")))
+    ir.infer_shapes(held)
+    small = dataclasses.replace(_machine.cuda("sm_80"), l1=4 * 2 * 32)  # 32 units: h, and what the gate resets of it
+    with pytest.raises(targets.TargetError, match=r"GRU '.*': 33 hidden units; expected at most 32"):
+        lower.lower(held, small, lambda _done, _total, _what: None)
 
 
 PACKED = """g (float[1,16,9,9] x) => (float[1,40] y) {
