@@ -14,13 +14,8 @@ from mc_opt.passes._report import LayerReport, Size
 
 def size_of(model: onnx_ir.Model) -> Size:
     """Parameters, bytes of all stored constants, and nodes of a model."""
-    stored_bytes = nodes = 0
-    for graph in model.graphs():
-        stored_bytes += _nbytes(list(graph.initializers.values()))
-        for node in graph:
-            nodes += 1
-            stored_bytes += sum(_tensor_bytes(attribute) for attribute in node.attributes.values())
-    return Size(sum(elements_of(value) for value, _ in weights(model)), stored_bytes, nodes)
+    total = ir.storage_of(model).total
+    return Size(total.parameters, total.bytes, sum(1 for graph in model.graphs() for _ in graph))
 
 
 def run_bytes(model: onnx_ir.Model) -> int:
@@ -59,16 +54,6 @@ def _decodes(node: onnx_ir.Node) -> bool:
         return node.domain == "mc_opt" and not is_chain(node)
     makers = [value.producer() for value in node.inputs if value is not None]
     return all(maker is not None and maker.domain == "mc_opt" and not is_chain(maker) for maker in makers)
-
-
-def _tensor_bytes(attribute: onnx_ir.Attr) -> int:
-    match attribute.type:
-        case onnx_ir.AttributeType.TENSOR:
-            return int(attribute.as_tensor().nbytes)
-        case onnx_ir.AttributeType.TENSORS:
-            return sum(int(tensor.nbytes) for tensor in attribute.as_tensors())
-        case _:
-            return 0
 
 
 def elements_of(value: onnx_ir.Value) -> int:
