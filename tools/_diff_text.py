@@ -22,9 +22,16 @@ _SHARE = 1e-5  # of a value's range: sums in another order differ by less
 _ROWS = 30
 
 
+class _Stdout(Console):
+    """Leaves a reader that closed the pipe to the command line; rich's own ends the program with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this while it handles the BrokenPipeError
+
+
 def print_diff(found: Diff, first: str, second: str, *, whole: bool, renames: bool) -> None:
     """Print a diff on stdout; `whole` without summing up, `renames` with what has another name."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Stdout(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = _WIDE  # a pipe has no width: nothing is cut
     console.print(Text.assemble(("--- ", "red"), first, "\n", ("+++ ", "green"), second))

@@ -313,11 +313,14 @@ cli.main()
     assert not out.exists() and sorted(p.name for p in out.parent.iterdir()) == ["in"]
 
 
-def test_a_reader_that_closes_the_pipe(mlp: Path) -> None:
-    code = "from mc_opt.tools import cli; import sys; sys.argv[1:] = ['inspect', sys.argv[1], '--json']; cli.main()"
+@pytest.mark.parametrize("words", [("inspect", "{}", "--json"), ("diff", "{}", "{}")], ids=["inspect", "diff"])
+def test_a_reader_that_closes_the_pipe(mlp: Path, words: tuple[str, ...]) -> None:
+    code = "from mc_opt.tools import cli; cli.main()"
+    arguments = [word.format(mlp) for word in words]
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run([sys.executable, "-c", code, str(mlp)], stdout=write_end, stderr=subprocess.PIPE, check=False)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
     os.close(write_end)
     assert done.returncode == 0 and done.stderr == b""
 
