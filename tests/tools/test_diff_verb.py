@@ -108,7 +108,7 @@ def test_data_tells_where_drift_begins(mc_opt: Run, mlp: Path, packed: Path, tmp
 def test_a_terminal_gets_colours(
     mlp: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_diff_text, "Console", lambda **kw: Console(**kw, force_terminal=True, color_system="standard"))
+    monkeypatch.setattr(_diff_text, "_Stdout", lambda **kw: Console(**kw, force_terminal=True, color_system="standard"))
     found = ir.diff(ir.load_model(mlp), ir.load_model(packed / "model.onnx"))
     capsys.readouterr()
     _diff_text.print_diff(found, "a", "b", whole=False, renames=False)
