@@ -105,6 +105,10 @@ class Op(abc.ABC):
     inputs: ClassVar[tuple[str, ...]]
     """Names of the inputs; a trailing `?` marks an optional one, a trailing `*` the last one, of any number."""
     attributes: ClassVar[Mapping[str, Attribute]]
+    training_form: ClassVar[bool] = False
+    """Whether the op stands in a model only while it is trained; `convert` of a pass stores what it became."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Inputs that a schedule sets while a model is trained (a sharpness, a strength); they are never learned."""
 
     @property
     def name(self) -> str:
@@ -134,6 +138,10 @@ class Op(abc.ABC):
     def torch(self, node: onnx_ir.Node) -> Callable[..., Any] | None:
         """A function of the input tensors (None for one left out) that replaces the interpreted body, or None."""
         return None
+
+    def learns(self, node: onnx_ir.Node, index: int) -> bool:
+        """Whether the floating-point input at `index` can be learned: it may be a torch Parameter."""
+        return self.torch(node) is not None and self.formal(len(node.inputs))[index] not in self.settings
 
     def row_axes(self, node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
         """The row axes of a weight at input `index`, as `weight_sites` lists them; None: the input takes no weight."""

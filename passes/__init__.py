@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         quoting_hint,
     )
     from mc_opt.passes._store import Store
+    from mc_opt.passes._trainable import TrainablePass
+    from mc_opt.passes._training import Epoch, Training, TrainingReport
 
 _EXPORTS = {
     "MEMORY_LIMIT": "_base",
@@ -63,6 +65,10 @@ _EXPORTS = {
     "pass_names": "_find",
     "quoting_hint": "_spec",
     "Store": "_store",
+    "TrainablePass": "_trainable",
+    "Epoch": "_training",
+    "Training": "_training",
+    "TrainingReport": "_training",
 }
 
 __all__ = [
@@ -70,6 +76,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Check",
     "Context",
+    "Epoch",
     "File",
     "Instrument",
     "LayerReport",
@@ -85,6 +92,9 @@ __all__ = [
     "Step",
     "Store",
     "TargetReport",
+    "TrainablePass",
+    "Training",
+    "TrainingReport",
     "Unchecked",
     "dry_run",
     "elements_of",

@@ -15,6 +15,7 @@ from mc_opt import ir
 from mc_opt.passes._store import Store
 
 if TYPE_CHECKING:
+    from mc_opt.passes._training import Training, TrainingReport
     from mc_opt.targets import Target
 
 Check = Literal["full", "structure"]
@@ -53,14 +54,18 @@ class Log:
     Attributes:
         notes: (layer, remark).
         skips: layer to the reason why it was left alone.
+        warnings: what the user must know about the pass's result.
         rules: the rule behind what it did to a ("node", name) or a ("value", name).
         rule: the rule of everything else.
+        training: what it was trained by; None where it was not.
     """
 
     notes: list[tuple[str, str]] = field(default_factory=list)
     skips: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     rules: dict[tuple[str, str], str] = field(default_factory=dict)
     rule: str = ""
+    training: TrainingReport | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Context:
         allow_scripts: whether a recipe may run Python files.
         check: how much the run checks.
         store: where `keep` puts big tensors.
+        training: how trainable passes are trained; None converts them at once.
         on_progress: told (done, total, what); for people, never needed for the result.
         log: notes and skips of the running pass; `run` gives each pass its own.
     """
@@ -90,6 +96,7 @@ class Context:
     allow_scripts: bool = False
     check: Check = "full"
     store: Store = field(default_factory=Store)
+    training: Training | None = None
     on_progress: Callable[[int, int, str], None] | None = None
     log: Log = field(default_factory=Log)
 
@@ -117,6 +124,10 @@ class Context:
     def note(self, layer: str, text: str) -> None:
         """Put a remark about a layer (or "" for the whole model) into the report."""
         self.log.notes.append((layer, text))
+
+    def warn(self, text: str) -> None:
+        """Put a warning about the pass's result into the report; the command line prints it."""
+        self.log.warnings.append(text)
 
     def skip(self, layer: str, skip: ir.Skip) -> None:
         """Say why a layer is left alone; the first reason for a layer stays."""

@@ -204,6 +204,7 @@ class _Run:
             self.layers += changed_layers(self.names, self.model, new, rewritten_by=name, position=len(self.passes))
         else:
             self.warnings.append(_nothing(name, log.skips))
+        self.warnings += [f"{name}: {text}" for text in log.warnings]
         if judged.get("broken"):
             self.warnings.append(
                 f"{name}: {judged['broken']} output elements became NaN or infinite, or stopped being so"
@@ -219,6 +220,7 @@ class _Run:
                 columns=columns,
                 drift=judged.get("drift", {}),
                 verdict=judged.get("verdict"),
+                training=log.training,
             )
         )
         self.model = new

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mc_opt.passes._training import TrainingReport
+
 SCHEMA_VERSION = 1
 """Version of the fields of `report.json` (docs/report.md); grows when a field changes its meaning or goes."""
 
@@ -90,6 +92,7 @@ class PassReport:
         drift: the difference of the outputs against the model before the pass (`previous`) and against the
             original (`reference`); empty when it was not measured.
         verdict: how an exact pass kept its promise, output by output; None for other passes.
+        training: how it was trained, with its curve; None where it was not.
     """
 
     name: str
@@ -101,6 +104,7 @@ class PassReport:
     columns: Mapping[str, Any] = field(default_factory=dict)
     drift: Mapping[str, Any] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
+    training: TrainingReport | None = None
 
 
 @dataclass(frozen=True)

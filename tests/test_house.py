@@ -38,8 +38,15 @@ OWNERS = {
         ("targets/",),
     ),
     "torch": (
-        ("ir/run/interp.py", "ir/run/standard/", "ir/io/capture.py", "ir/ops/_fake_lookup_torch.py"),
-        ("ir/run/", "ir/io/", "ir/ops/", "ir/op.py", "passes/_train.py", "tools/driver.py", "tools/api.py"),
+        (
+            "ir/run/interp.py",
+            "ir/run/standard/",
+            "ir/io/capture.py",
+            "ir/ops/_fake_",
+            "passes/_train_",
+            "passes/_train.py",
+        ),
+        ("ir/run/", "ir/io/", "ir/ops/", "ir/op.py", "passes/", "tools/driver.py", "tools/api.py"),
     ),
     "networkx": (("ir/views.py",), ("ir/views.py",)),
 }

@@ -41,6 +41,7 @@ class FakeLookup(Op):
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("w", "codebook", "scale?")
+    training_form: ClassVar[bool] = True
     attributes: ClassVar[Mapping[str, Attribute]] = {
         "axes": Attribute(onnx_ir.AttributeType.INTS, (0,)),
         "group_size": Attribute(onnx_ir.AttributeType.INT, 0),

@@ -73,6 +73,10 @@ class KronLinear(Op):
             )
         bodies.check_bias(node, outputs)
 
+    def learns(self, node: onnx_ir.Node, index: int) -> bool:
+        """Factors are stored as they are trained; the body carries the gradients."""
+        return True
+
     def row_axes(self, node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
         """A factor's rows are what one output channel of its stage sums over."""
         return bodies.row_axes(self.skeleton(node), index - 1) if index > 1 else None

@@ -140,6 +140,10 @@ class SeKronConv(Op):
             if len(values) != count or min(values) < least:
                 raise IRError(f"{where(node)}: {name} is {list(values)}, expected {count} numbers of at least {least}")
 
+    def learns(self, node: onnx_ir.Node, index: int) -> bool:
+        """Factors are stored as they are trained; the body carries the gradients."""
+        return True
+
     def row_axes(self, node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
         """A factor's rows are what one output channel of its stage sums over."""
         return bodies.row_axes(self.skeleton(node), index - 1) if index > 1 else None

@@ -294,7 +294,7 @@ def _is_trained(value: onnx_ir.Value, tensor: torch.Tensor) -> bool:
 
 def _trains(node: onnx_ir.Node, index: int) -> bool:
     if node.domain == DOMAIN:
-        return find_op(node.op_type).torch(node) is not None
+        return find_op(node.op_type).learns(node, index)
     return index not in _SETTINGS.get(node.op_type, ())
 
 

@@ -1,0 +1,115 @@
+"""How a run trains: the options of every training, and the record of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Optimizer = Literal["adamw", "adam", "sgd"]
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["fp32", "bf16", "fp16"]
+BatchNorm = Literal["batch", "frozen"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train on and how.
+
+    Attributes:
+        data: an `.npz` file, a folder of them, `package.module:factory`, a factory, or a torch DataLoader.
+        held_out: samples of the same kinds that are never trained on; None splits `holdout` off `data`.
+        holdout: the share of `data` that is held out when there is no `held_out`.
+        epochs: passes over the data, for each trained pass (or for all together, with `joint`).
+        batch_size: samples of one step, over all processes.
+        accumulate: parts that a batch is cut into, to save memory; the gradient is that of the whole batch.
+        optimizer: adamw, adam, or sgd (momentum 0.9).
+        lr: the highest learning rate.
+        weight_decay: of the optimizer.
+        schedule: how the learning rate falls to 0 after the warm-up.
+        warmup: the share of all steps in which it rises from 0.
+        clip: the largest norm of the gradient; 0 leaves it.
+        precision: of the forward pass; weights and optimizer stay fp32.
+        loss: terms as in `output,layers{weight=0.5},labels`, or a function (outputs, targets, label) -> tensor.
+        batch_norm: whether BatchNormalization trains on the statistics of the batch, or keeps its own.
+        recalibrate: batches over which its statistics are taken again at the end; 0 leaves them.
+        parameters: `forms` trains what the passes made; `all`, or globs of names, others too.
+        joint: prepare all trainable passes, train once, convert all; otherwise each is trained when its turn comes.
+        patience: epochs without a better figure on the held-out samples after which training stops; 0 never does.
+        device: cpu or cuda; auto takes a GPU that is there.
+        checkpoint: a folder; None keeps none. A run that finds its own checkpoint there goes on from it.
+        checkpoint_every: seconds between checkpoints; the end of an epoch always makes one.
+        threads: of torch on a CPU; 0 leaves them. The same bytes come from the same number.
+    """
+
+    data: Any = None
+    held_out: Any = None
+    holdout: float = 0.1
+    epochs: int = 5
+    batch_size: int = 32
+    accumulate: int = 1
+    optimizer: Optimizer = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Schedule = "cosine"
+    warmup: float = 0.05
+    clip: float = 1.0
+    precision: Precision = "fp32"
+    loss: str | Callable[..., Any] = "output"
+    batch_norm: BatchNorm = "batch"
+    recalibrate: int = 0
+    parameters: tuple[str, ...] = ("forms",)
+    joint: bool = False
+    patience: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    checkpoint: Path | None = None
+    checkpoint_every: float = 60.0
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch: the mean loss and its terms, and the same on held-out samples, with a figure to judge by.
+
+    Attributes:
+        loss: the mean over the epoch's steps.
+        terms: the parts of the loss by name, before their weights.
+        held_out: the loss on held-out samples; None when there are none.
+        metric: accuracy where there are labels of classes, else the agreement of the largest output with the
+            original's where the outputs are scores, else the SQNR in dB; None without held-out samples.
+        lr: the learning rate at the end.
+    """
+
+    loss: float
+    terms: dict[str, float] = field(default_factory=dict)
+    held_out: float | None = None
+    metric: float | None = None
+    lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did: how many samples it saw, what it trained, and its curve, epoch by epoch.
+
+    Attributes:
+        passes: the passes that were trained together.
+        samples: of an epoch.
+        held_out: samples that were held out.
+        steps: of the optimizer.
+        parameters: how many numbers were trained.
+        metric: what `Epoch.metric` is: accuracy, agreement or sqnr_db.
+        start: the figures before the first step (its `loss` is that of the held-out samples).
+        epochs: the curve.
+        best: the epoch whose parameters were kept, from 1 on; 0 keeps the start.
+    """
+
+    passes: tuple[str, ...]
+    samples: int
+    held_out: int
+    steps: int
+    parameters: int
+    metric: str = ""
+    start: Epoch | None = None
+    epochs: tuple[Epoch, ...] = ()
+    best: int = 0
