@@ -25,13 +25,10 @@ import numpy as np
 import onnx_ir
 
 from mc_opt import ir
-from mc_opt.passes import _shift
+from mc_opt.passes import _ends, _shift
 from mc_opt.passes._base import Context, Pass
-from mc_opt.passes._factored import factored_layer, is_chain
-from mc_opt.passes._size import stored
 
 _BLOCK = 1 << 22  # weights read at a time
-_ENDS = ("Conv", "MatMul", "Gemm")
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # λ: small, for the signs of weights near 0, which cost next to nothing, do most of it (benchmarks/rounding.py).
 _BALANCE = 0.1
@@ -73,7 +70,7 @@ class DenseShift(Pass):
         return len(sites)
 
     def _taken(self, model: onnx_ir.Model, ctx: Context) -> list[ir.WeightSite]:
-        ends = _ends(model)
+        ends = _ends.ends(model)
         taken: list[ir.WeightSite] = []
         for found in ir.weight_sites(model):
             layer, site = (found.layer, found) if isinstance(found, ir.WeightSite) else found
@@ -94,10 +91,8 @@ class DenseShift(Pass):
     def _reason(self, layer: str, site: ir.WeightSite | ir.Skip, ends: dict[str, str], ctx: Context) -> ir.Skip | None:
         if isinstance(declined := self.declines(layer), ir.Skip):
             return declined
-        whole = factored_layer(site.value) if isinstance(site, ir.WeightSite) else None
-        for end, layer_at_end in ends.items():
-            if end in self.skip and layer_at_end in (layer, whole):
-                return ir.Skip(f"skip={end}: it is the {end} Conv, MatMul or Gemm with a constant weight")
+        if (end := _ends.skipped_end(self.skip, layer, site, ends)) is not None:
+            return end
         if isinstance(site, ir.Skip):
             return site
         chosen = self.at(layer)
@@ -156,26 +151,6 @@ class DenseShift(Pass):
         ir.replace_weight(site, nodes, by=(self.name, f"{self.bits}-bit shift"))
         if error > 0:
             ctx.note(site.layer, f"{self.bits} bits, weight SQNR {10 * math.log10(power / error):.1f} dB")
-
-
-def _ends(model: onnx_ir.Model) -> dict[str, str]:
-    """The layers of the first and the last Conv, MatMul or Gemm whose weight is constant or decoded from constants."""
-    found = [layer for node in model.graph.all_nodes() if (layer := _layer_at(node)) is not None]
-    return {"first": found[0], "last": found[-1]} if found else {}
-
-
-def _layer_at(node: onnx_ir.Node) -> str | None:
-    if is_chain(node):
-        factor = next(value for value in node.inputs[2:] if value is not None)
-        return factored_layer(factor) or ir.layer_of(factor)
-    if node.domain != "" or node.op_type not in _ENDS:
-        return None
-    for index in (1, 0) if node.op_type != "Conv" else (1,):
-        value = node.inputs[index]
-        if value is not None and not value.is_graph_input() and stored(value) is not None:
-            # A plain product with a factor is the second half of a factored table: an embedding, which no end means.
-            return None if factored_layer(value) else ir.layer_of(value)
-    return None
 
 
 def _codebook(model: onnx_ir.Model, bits: int, dtype: onnx_ir.DataType) -> onnx_ir.Value:
