@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
     from mc_opt.ir.run.values import value_drift
-    from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, weight_sites
+    from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, names_of, weight_sites
     from mc_opt.ir.storage import LayerChange, Storage, Stored, storage_of
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
     from mc_opt.ir.verifier import verify
@@ -136,6 +136,7 @@ _EXPORTS = {
     "Skip": "sites",
     "WeightSite": "sites",
     "free_name": "rewrite",
+    "names_of": "sites",
     "initializer": "rewrite",
     "layer_of": "sites",
     "matches": "sites",

@@ -11,6 +11,7 @@ from mc_opt.passes._factored import factored_layer, is_chain
 from mc_opt.passes._size import stored
 
 _ENDS = ("Conv", "MatMul", "Gemm")
+_DISTANCES = ("EuclidConv", "EuclidLinear", "FakeEuclidConv", "FakeEuclidLinear")  # what `euclid` makes of them
 
 
 def ends(model: onnx_ir.Model) -> dict[str, str]:
@@ -34,9 +35,10 @@ def _layer_at(node: onnx_ir.Node) -> str | None:
     if is_chain(node):
         factor = next(value for value in node.inputs[2:] if value is not None)
         return factored_layer(factor) or ir.layer_of(factor)
-    if node.domain != "" or node.op_type not in _ENDS:
+    distances = node.domain == "mc_opt" and node.op_type in _DISTANCES
+    if not distances and (node.domain != "" or node.op_type not in _ENDS):
         return None
-    for index in (1, 0) if node.op_type != "Conv" else (1,):
+    for index in (1, 0) if node.op_type in ("MatMul", "Gemm") else (1,):
         value = node.inputs[index]
         if value is not None and not value.is_graph_input() and stored(value) is not None:
             # A plain product with a factor is the second half of a factored table: an embedding, which no end means.

@@ -115,7 +115,7 @@ def _conv(site: ir.WeightSite) -> FactorSite | ir.Skip:
         return ir.Skip(f"its shape is {list(site.shape)}; a Conv of 1 to 3 spatial axes was expected")
     uses = []
     for node, index in site.consumers:
-        window = _window(node, site.shape)
+        window = conv_window(node, site.shape)
         if isinstance(window, ir.Skip):
             return window
         uses.append(Use(node, index, window))
@@ -127,7 +127,8 @@ def _conv(site: ir.WeightSite) -> FactorSite | ir.Skip:
     return FactorSite(site, "conv", tuple(uses), group=groups[0])
 
 
-def _window(node: onnx_ir.Node, shape: Sequence[int]) -> Window | ir.Skip:
+def conv_window(node: onnx_ir.Node, shape: Sequence[int]) -> Window | ir.Skip:
+    """The window of a Conv with explicit pads, or why it has none."""
     axes = len(shape) - 2
     strides = _ints(node, "strides") or (1,) * axes
     dilations = _ints(node, "dilations") or (1,) * axes

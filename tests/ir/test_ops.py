@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -14,7 +14,18 @@ import pytest
 
 from mc_opt import ir
 from mc_opt.ir.op import Example, Op
-from mc_opt.ir.ops import add_sparse, fake_lookup, kron_linear, lookup, sekron_conv, sparse
+from mc_opt.ir.ops import (
+    add_sparse,
+    euclid_conv,
+    euclid_linear,
+    fake_euclid_conv,
+    fake_euclid_linear,
+    fake_lookup,
+    kron_linear,
+    lookup,
+    sekron_conv,
+    sparse,
+)
 
 CASES = [
     pytest.param(name, example, id=f"{name}-{example.name}")
@@ -83,6 +94,10 @@ def expected(op: Op, example: Example) -> np.ndarray:
             return round_to_codebook(example)
         case sekron_conv.SeKronConv():
             return convolve(example)
+        case euclid_conv.EuclidConv() | fake_euclid_conv.FakeEuclidConv():
+            return convolve_distances(op, example)
+        case euclid_linear.EuclidLinear() | fake_euclid_linear.FakeEuclidLinear():
+            return distances(op, example)
         case kron_linear.KronLinear():
             x, bias, *factors = example.inputs
             w = ir.kron_weight(factors, factors[0].ndim - 2).astype(float)
@@ -93,9 +108,41 @@ def expected(op: Op, example: Example) -> np.ndarray:
 def convolve(example: Example) -> np.ndarray:
     """The dense convolution, tap by tap."""
     x, bias, *factors = example.inputs
+    w = ir.kron_weight(factors, factors[0].ndim - 2 - len(example.attributes["strides"])).astype(float)
+    return sum_windows(example, x, w, bias, lambda block, patch: np.einsum("fc,nc...->nf...", block, patch))
+
+
+def convolve_distances(op: Op, example: Example) -> np.ndarray:
+    """S_λ of every window, term by term: (1 − λ)·x·w − λ·½(x − w)² is x·w − λ·½(x² + w²)."""
+    named = dict(zip(op.formal(4), example.inputs, strict=False))
+    share = float(named.get("strength", np.float32(1)))
+
+    def term(block: np.ndarray, patch: np.ndarray) -> np.ndarray:
+        w = block.reshape(1, *block.shape, *[1] * (patch.ndim - 2))
+        return ((1 - share) * patch[:, None] * w - share / 2 * (patch[:, None] - w) ** 2).sum(2)
+
+    return sum_windows(example, named["x"], named["w"].astype(float), named.get("bias"), term)
+
+
+def distances(op: Op, example: Example) -> np.ndarray:
+    named = dict(zip(op.formal(4), example.inputs, strict=False))
+    share = float(named.get("strength", np.float32(1)))
+    w = named["w"].astype(float) if example.attributes["transB"] else named["w"].astype(float).T
+    x = named["x"].astype(float)[..., None, :]
+    y = ((1 - share) * x * w - share / 2 * (x - w) ** 2).sum(-1)
+    return (y if named.get("bias") is None else y + named["bias"]).astype(named["x"].dtype)
+
+
+def sum_windows(
+    example: Example,
+    x: np.ndarray,
+    w: np.ndarray,
+    bias: np.ndarray | None,
+    term: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Sum over the taps what `term` makes of w[:, :, tap] and of what each window of x sees there."""
     strides, dilations, pads = (example.attributes[n] for n in ("strides", "dilations", "pads"))
     n, group = len(strides), example.attributes["group"]
-    w = ir.kron_weight(factors, factors[0].ndim - 2 - n).astype(float)
     spaces = [(pads[a], pads[n + a]) for a in range(n)]
     padded = np.pad(x.astype(float), [(0, 0), (0, 0), *spaces])
     taps = list(itertools.product(*(range(k) for k in w.shape[2:])))
@@ -109,7 +156,7 @@ def convolve(example: Example) -> np.ndarray:
         for g in range(group):
             mine = padded[:, g * columns : (g + 1) * columns][(slice(None), slice(None), *where)]
             block = w[(slice(g * rows, (g + 1) * rows), slice(None), *tap)]
-            y[:, g * rows : (g + 1) * rows] += np.einsum("fc,nc...->nf...", block, mine)
+            y[:, g * rows : (g + 1) * rows] += term(block, mine)
     if bias is not None:
         y += bias.reshape(-1, *[1] * n)
     return y.astype(x.dtype)
@@ -136,6 +183,9 @@ def tolerance(op: Op, dtype: np.dtype) -> float:
     if op.name in {"SeKronConv", "KronLinear"}:
         # Sums of some hundred products in another order, rounded once more between stages.
         return 2e-6 if dtype == np.float32 else 4e-3
+    if "Euclid" in op.name:
+        # Three sums of some ten products, which cancel; half precision is rounded once, at the end.
+        return 2e-6 if dtype == np.float32 else 1e-3
     # float32: one product and one sum, each rounded the same way everywhere but for a fused multiply-add.
     # float16: ONNX Runtime computes in float32 and rounds once, where numpy rounds after each step.
     return 2.5e-7 if dtype == np.float32 else 1e-3
@@ -221,7 +271,18 @@ def test_one_variant_has_one_body(name: str) -> None:
 
 
 def test_files_are_named_after_their_ops() -> None:
-    assert ir.op_names() == ("AddSparse", "FakeLookup", "KronLinear", "Lookup", "SeKronConv", "Sparse")
+    assert ir.op_names() == (
+        "AddSparse",
+        "EuclidConv",
+        "EuclidLinear",
+        "FakeEuclidConv",
+        "FakeEuclidLinear",
+        "FakeLookup",
+        "KronLinear",
+        "Lookup",
+        "SeKronConv",
+        "Sparse",
+    )
     assert importlib.import_module("mc_opt.ir.ops.fake_lookup").FakeLookup is type(ir.find_op("FakeLookup"))
 
 

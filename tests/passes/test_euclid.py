@@ -1,0 +1,147 @@
+"""euclid: layers of squared distances, from the graph that it writes to a small network that it trains."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import pytest
+
+from mc_opt import ir, passes
+from tests._harness import apply, check, largest_difference, model, skipped
+
+NET = """
+    g (float[N,4,6,6] x) => (float[N,3] y)
+    <float[8,4,3,3] a_w, float[8] a_b, float[8] s, float[8] b, float[8] m, float[8] var_v,
+     float[8,2] g_w, float[2,3] f_w>
+    {
+      a = Conv <pads: ints = [1,1,1,1]> (x, a_w, a_b)
+      n = BatchNormalization (a, s, b, m, var_v)
+      r = Relu (n)
+      p = GlobalAveragePool (r)
+      f = Flatten (p)
+      h = Gemm (f, g_w)
+      y = MatMul (h, f_w)
+    }
+"""
+
+
+def prepared(spec: str, text: str) -> onnx_ir.Model:
+    """The model with the training forms of a pass."""
+    source = model(text)
+    step = passes.Pipeline.parse(spec).passes[0]
+    assert isinstance(step, passes.TrainablePass)
+    assert step.prepare(source, passes.Context())
+    ir.add_functions(source)
+    ir.verify(source)
+    return source
+
+
+def set_strength(source: onnx_ir.Model, value: float) -> None:
+    for name, held in source.graph.initializers.items():
+        if name.endswith(".strength"):
+            held.const_value = onnx_ir.tensor(np.array(value, np.float32), name=name)
+
+
+def test_layers_become_distances_under_their_names() -> None:
+    check(
+        "euclid{skip=}",
+        NET,
+        """
+        a = mc_opt.EuclidConv(x, a_w, a_b) {dilations=[1, 1], pads=[1, 1, 1, 1], strides=[1, 1]}
+        n = BatchNormalization(a, s, b, m, var_v)
+        r = Relu(n)
+        p = GlobalAveragePool(r)
+        f = Flatten(p)
+        h = mc_opt.EuclidLinear(f, g_w)
+        y = mc_opt.EuclidLinear(h, f_w)
+        """,
+    )
+
+
+def test_the_ends_stay_and_bare_layers_are_named() -> None:
+    source = model(NET)
+    context = passes.Context()
+    assert passes.Pipeline.parse("euclid").passes[0].run(source, context) == 1
+    assert set(context.log.skips) == {"a_w", "f_w"}
+    bare, untrained = context.log.warnings
+    assert "no BatchNormalization directly after g_w" in bare
+    assert "without training" in untrained
+
+
+def test_what_no_distance_can_replace() -> None:
+    reasons = skipped(
+        "euclid{skip=}",
+        """
+        g (float[2,5] x, float[4,2] t) => (float[3,5] l, float[2,4] s, float[5,4] u, float[1,3] v)
+        <float[3,2] left, float[5,4] scaled, float[4,4] turned, float[1,3,2] batch, float[6,3] table,
+         int64[1] ids = {0}>
+        {
+          l = MatMul (left, x)
+          s = Gemm <alpha: float = 0.5> (x, scaled)
+          q = MatMul (t, x)
+          u = Gemm <transA: int = 1> (q, turned)
+          v = Gather (table, ids)
+        }
+        """,
+    )
+    assert "from the left" in reasons["left"]
+    assert "alpha=0.5" in reasons["scaled"]
+    assert "transA=1" in reasons["turned"]
+    assert "Gather" in reasons["table"]
+
+
+@pytest.mark.parametrize(("attributes", "bias", "nodes"), [("", "c", 1), ("<beta: float = 0.5>", "c", 3), ("", "d", 2)])
+def test_the_bias_of_a_gemm(attributes: str, bias: str, nodes: int) -> None:
+    weights = "float[3,4] w, float[4] c, float[1,4] d"
+    source = model(f"g (float[2,3] x) => (float[2,4] y) <{weights}> {{ y = Gemm {attributes} (x, w, {bias}) }}")
+    changed, _ = apply("euclid{skip=}", source)
+    assert len(list(changed.graph)) == nodes
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    w, b = (source.graph.initializers[n].const_value.numpy() for n in ("w", bias))
+    want = -0.5 * ((x[:, :, None] - w) ** 2).sum(1) + (0.5 if attributes else 1.0) * b
+    np.testing.assert_allclose(ir.Session(changed).run({"x": x})["y"], want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_strength_is_the_trained_model() -> None:
+    """λ = 0 is the plain layer; a BatchNormalization takes a gain back. ONNX Runtime folds that of the plain one."""
+    x = {"x": np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)}
+    for spec in ("euclid{skip=}", "euclid{gain=8 skip=}", "euclid{gain=3 skip=}"):
+        form = prepared(spec, NET)
+        set_strength(form, 0.0)
+        assert largest_difference(model(NET), form, x) <= 1e-5
+
+
+def test_all_strength_is_the_stored_form() -> None:
+    x = {"x": np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)}
+    form = prepared("euclid{skip= gain=2}", NET)
+    stored, _ = apply("euclid{skip= gain=2}", model(NET))
+    assert largest_difference(form, stored, x) == 0.0
+    assert not [name for name in stored.graph.initializers if "strength" in name]
+
+
+def test_strength_rises_and_then_stays() -> None:
+    step = passes.Pipeline.parse("euclid{warm=0.5 skip=}").passes[0]
+    form = prepared("euclid{warm=0.5 skip=}", NET)
+    assert isinstance(step, passes.TrainablePass)
+    for progress, strength in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.9, 1.0)):
+        assert set(step.settings(form, progress).values()) == {strength}
+    assert len(step.settings(form, 0.0)) == 3
+    assert set(step.parameters(form)) == {"a_w", "a_b", "s", "b", "g_w", "f_w"}
+
+
+def test_batch_norm_does_not_fold_into_a_distance() -> None:
+    once, _ = apply("euclid{skip=}", model(NET))
+    context = passes.Context()
+    assert passes.Pipeline.parse("fold-batch-norm").passes[0].run(once, context) == 0
+    assert "EuclidConv" in context.log.skips["s"]
+
+
+def test_weights_can_be_quantised_after_it() -> None:
+    for spec in ("euclid{skip=},denseshift{bits=4 skip=}", "euclid{skip=},denseshift{bits=4 terms=2 skip=}"):
+        result = check(spec, NET)
+        assert "Lookup" in {node.op_type for node in result.graph}
+
+
+def test_ends_are_found_among_distances() -> None:
+    result = passes.run(model(NET), passes.Pipeline.parse("euclid{skip=},denseshift"), passes.Context())
+    assert {"a_w", "f_w"} <= set(result.report.passes[1].skips)
