@@ -21,6 +21,7 @@ from mc_opt.ir.ops import (
     fake_euclid_conv,
     fake_euclid_linear,
     fake_lookup,
+    fake_shift,
     kron_linear,
     lookup,
     sekron_conv,
@@ -92,6 +93,8 @@ def expected(op: Op, example: Example) -> np.ndarray:
             return sparse.unpack(*example.inputs, example.attributes["shape"])
         case fake_lookup.FakeLookup():
             return round_to_codebook(example)
+        case fake_shift.FakeShift():
+            return signed_powers(example)
         case sekron_conv.SeKronConv():
             return convolve(example)
         case euclid_conv.EuclidConv() | fake_euclid_conv.FakeEuclidConv():
@@ -177,6 +180,21 @@ def round_to_codebook(example: Example) -> np.ndarray:
             s = factors[r % factors.shape[0], g % factors.shape[1]]
             y[r, c] = book[ir.nearest_codes(matrix[r, c] / s, book)] * s
     return ir.restore(y, w.shape, axes)
+
+
+def signed_powers(example: Example) -> np.ndarray:
+    sign, scale, gain, *steps = example.inputs
+    exponent = np.zeros(sign.shape)
+    for step in steps:
+        exponent = np.where(step > 0, exponent + 1, 0)
+    return scale_rows(np.where(sign >= 0, 1, -1) * 2**exponent, scale * gain, example)
+
+
+def scale_rows(levels: np.ndarray, factor: np.ndarray, example: Example) -> np.ndarray:
+    axes, size = example.attributes.get("axes", (0,)), example.attributes.get("group_size", 0)
+    matrix = ir.canonical(levels, axes)
+    columns = np.arange(matrix.shape[1]) // size if size and factor.shape[1] > 1 else np.zeros(matrix.shape[1], int)
+    return ir.restore(matrix * factor[:, columns], levels.shape, axes).astype(np.float32)
 
 
 def tolerance(op: Op, dtype: np.dtype) -> float:
@@ -278,6 +296,7 @@ def test_files_are_named_after_their_ops() -> None:
         "FakeEuclidConv",
         "FakeEuclidLinear",
         "FakeLookup",
+        "FakeShift",
         "KronLinear",
         "Lookup",
         "SeKronConv",
