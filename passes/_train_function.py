@@ -55,7 +55,12 @@ class Handed(Term):
     def bind(self, task: Task) -> Bound:
         """Take the function as it is."""
         assert self.criterion is not None
-        return Bound(_guarded(self.criterion, str(getattr(self.criterion, "__name__", self.criterion)), None))
+        return Bound(_guarded(self.criterion, title_of(self.criterion), None))
+
+
+def title_of(criterion: Criterion | None) -> str:
+    """A function's name, or that of its type where it has none: the same in every run."""
+    return str(getattr(criterion, "__name__", type(criterion).__name__))
 
 
 def _load(path: str, name: str) -> Criterion:

@@ -19,6 +19,7 @@ _COPIES = ("Identity", "Cast", "Dropout")
 _RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 _AFFINE = ("Add", "Sub", "Mul", "Div")
 _POOLS = ("GlobalAveragePool", "AveragePool")
+_NO_ACTIVATION = (*_COPIES, *_RESHAPES, *_POOLS, "Add", "Concat", "Conv", "Gemm", "MatMul", "MaxPool", "Pad", "Sum")
 _LAYER_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization")
 
 
@@ -83,9 +84,24 @@ def _reading(value: onnx_ir.Value) -> Reading | None:
             return _reading(source)
         case "Transpose" | "Flatten" | "Reshape" | "Squeeze" | "Unsqueeze":
             return _moved(node, source, shape)
+        case "Div" if (axis := _softmax_axis(node)) is not None:
+            return Reading("probabilities", axis)
         case "Add" | "Sub" | "Mul" | "Div" | "BatchNormalization" | "GlobalAveragePool" | "AveragePool" | "ReduceMean":
             return _mapped(node, shape)
     return None
+
+
+def _softmax_axis(node: onnx_ir.Node) -> int | None:
+    """The axis of a softmax that is written out, as exp(x) / Σ exp(x); None when it is none."""
+    exponential, total = node.inputs[0], node.inputs[1]
+    shape = sizes(exponential) if exponential is not None else None
+    while total is not None and (maker := total.producer()) is not None and maker.op_type in (*_RESHAPES, "Expand"):
+        total = maker.inputs[0]
+    summed = total.producer() if total is not None else None
+    if _maker(node, 0) != "Exp" or summed is None or summed.op_type != "ReduceSum" or not shape:
+        return None
+    axes = _reduced_axes(summed, len(shape))
+    return axes.pop() if summed.inputs[0] is exponential and len(axes) == 1 else None
 
 
 def _moved(node: onnx_ir.Node, source: onnx_ir.Value, shape: tuple[int | None, ...]) -> Reading | None:
@@ -112,14 +128,14 @@ def _mapped(node: onnx_ir.Node, shape: tuple[int | None, ...]) -> Reading | None
         return inner if before is not None and len(before) == len(shape) else None
     if node.op_type in (*_POOLS, "BatchNormalization"):
         return inner if inner.axis == 1 else None
-    axes = _mean_axes(node, len(sizes(computed[0]) or ()))
+    axes = _reduced_axes(node, len(sizes(computed[0]) or ()))
     if inner.axis in axes:
         return None
     kept = _integer(node, "keepdims", 1)
     return inner if kept else Reading("logits", inner.axis - sum(a < inner.axis for a in axes))
 
 
-def _mean_axes(node: onnx_ir.Node, rank: int) -> set[int]:
+def _reduced_axes(node: onnx_ir.Node, rank: int) -> set[int]:
     given = node.inputs[1] if len(node.inputs) > 1 else None
     tensor = onnx_ir.convenience.get_const_tensor(given) if given is not None else None
     if tensor is not None:
@@ -174,8 +190,9 @@ def telling_values(model: onnx_ir.Model) -> tuple[str, ...]:
 
     Attention scores before the Softmax, what is read from embedding tables, and the last normalisation of each block:
     of LayerNormalization the last one before each attention and at the end (all, without attention), of
-    BatchNormalization the last one in a row of equal shapes. A model without attention and normalisation has the
-    outputs of all layers with weights instead.
+    BatchNormalization those without an activation behind them, as at the end of a residual block, or else the last
+    one in a row of equal shapes. A model without attention and normalisation has the outputs of all layers with
+    weights instead.
     """
     scores = tuple(attention_scores(model))
     norms = (*_layer_norms(model), *_batch_norms(model))
@@ -237,9 +254,10 @@ def _maker(node: onnx_ir.Node, index: int) -> str:
 
 def _batch_norms(model: onnx_ir.Model) -> Iterator[str]:
     values = [node.outputs[0] for node in model.graph if node.op_type == "BatchNormalization"]
+    ends = [v for v in values if v.name and v.uses() and all(use.node.op_type in _NO_ACTIVATION for use in v.uses())]
     for index, value in enumerate(values):
         last = value is values[-1] or sizes(value) is None or sizes(value) != sizes(values[index + 1])
-        if value.name and last:
+        if value.name and (value in ends if ends else last):
             yield value.name
 
 

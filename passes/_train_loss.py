@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mc_opt import ir
 from mc_opt.passes import _train_measures as measures
-from mc_opt.passes._train_function import Criterion, Function, Handed
+from mc_opt.passes._train_function import Criterion, Function, Handed, title_of
 from mc_opt.passes._train_graph import reading, sizes
 from mc_opt.passes._train_labels import Labels, as_classes, class_axis, main_output
 from mc_opt.passes._train_terms import Batch, Bound, Layers, Output, Task, Term, mask_input
@@ -260,7 +260,7 @@ def _name(term: Term) -> str:
 
 def _text(term: Term) -> str:
     if isinstance(term, Handed):
-        return f"function {getattr(term.criterion, '__name__', term.criterion)}"
+        return f"function {title_of(term.criterion)}"
     return str(ir.to_spec(_name(term), term))
 
 

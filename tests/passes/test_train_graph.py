@@ -45,6 +45,12 @@ from tests.passes.train_models import ATTENTION, CONVS, FRAMES, LOG_SOFTMAX, LOG
             "values",
             -1,
         ),
+        (
+            "m (float[N,4] x) => (float[N,3] y) <float[4,3] w, int64[1] axes = {1}>"
+            " { h = MatMul (x, w)  e = Exp (h)  t = ReduceSum (e, axes)  y = Div (e, t) }",
+            "probabilities",
+            1,
+        ),
     ],
 )
 def test_what_an_output_holds(source: str, meaning: str, axis: int) -> None:
@@ -69,3 +75,20 @@ def test_a_normalisation_written_out_is_one() -> None:
       o = Div (d, r)  og = Mul (o, g)  n = Add (og, b)  y = MatMul (n, w) }
     """
     assert telling_values(_harness.model(source)) == ("n",)
+
+
+def test_the_end_of_a_residual_block_is_told_by_its_missing_activation() -> None:
+    source = """
+    m (float[2,4,8,8] x) => (float[2,4,8,8] y)
+    <float[8,4,1,1] wide, float[4,8,1,1] narrow, float[4] s, float[4] b, float[4] mean, float[4] var_a,
+     float[8] s8, float[8] b8, float[8] mean8, float[8] var_8>
+    {
+      c1 = Conv (x, wide)
+      n1 = BatchNormalization (c1, s8, b8, mean8, var_8)
+      r1 = Relu (n1)
+      c2 = Conv (r1, narrow)
+      n2 = BatchNormalization (c2, s, b, mean, var_a)
+      y = Add (n2, x)
+    }
+    """
+    assert telling_values(_harness.model(source)) == ("n2",)
