@@ -91,7 +91,9 @@ class DenseShift(TrainablePass):
         for done, site in enumerate(sites):
             ctx.progress(done, len(sites), site.layer)
             chosen = self.at(site.layer)
-            terms = chosen._random(site, rng, ctx) if chosen.init == "random" else chosen._from_float(site, ctx)
+            # Without a training, the codes of the float weights are all there is.
+            at_random = chosen.init == "random" and ctx.training is not None
+            terms = chosen._random(site, rng, ctx) if at_random else chosen._from_float(site, ctx)
             nodes = [_shift_forms.form("FakeShift", site, t, ctx, group_size=chosen.group_size) for t in terms]
             chosen._replace(site, nodes)
         return len(sites)

@@ -1,4 +1,4 @@
-"""FakeShift: its recursion reaches every exponent, its values are exact, its gradients are those of the formula."""
+"""FakeShift and FakeSparseShift: every exponent is reached, values are exact, gradients are those of the formulas."""
 
 from __future__ import annotations
 
@@ -85,3 +85,29 @@ def test_refuses_what_does_not_fit(change: dict[int, np.ndarray], message: str) 
     inputs = dict(enumerate([ones, ones[:, :1], ones[:, :1], ones])) | change
     with pytest.raises(ir.IRError, match=message):
         ir.node("FakeShift", list(inputs.values()), output="w")
+
+
+@pytest.mark.parametrize("steps", [0, 2, 6])
+def test_s3_learns_by_the_derivative_of_its_own_value(steps: int) -> None:
+    sign, value, *chain = latents(2 + steps)
+    scale, gain = torch.full((6, 1), 0.3), torch.linspace(0.5, 2, 6)[:, None].requires_grad_()
+    parts = [sign, value, scale, gain, *chain]
+    node = ir.node("FakeSparseShift", [p.detach().numpy() for p in parts], output="w")
+    y = ir.find_op("FakeSparseShift").torch(node)(*parts)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad((y * g).sum(), [sign, value, gain, *chain])
+
+    signs, alive = through(sign, torch.where(sign >= 0, 1.0, -1.0)), through(value, (value > 0).float())
+    total = torch.zeros_like(sign)
+    for step in chain:
+        total = (total + 1) * through(step, (step > 0).float())
+    level = signs * alive * torch.exp2(total)
+    assert set(level.detach().unique().tolist()) == {0, *(s * 2.0**k for k in range(steps + 1) for s in (-1, 1))}
+    assert not torch.signbit(y[value <= 0]).any(), "a 0 has no sign"
+    np.testing.assert_array_equal(y.detach(), (level * (scale * gain)).detach())
+    np.testing.assert_allclose(
+        got[0], (g * (value > 0) * torch.exp2(total) * scale * gain).detach(), rtol=2e-5, atol=1e-6
+    )
+    want = torch.autograd.grad((level * (scale * gain) * g).sum(), [sign, value, gain, *chain])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)  # products in another order; sums of 400

@@ -22,6 +22,7 @@ from mc_opt.ir.ops import (
     fake_euclid_linear,
     fake_lookup,
     fake_shift,
+    fake_sparse_shift,
     kron_linear,
     lookup,
     sekron_conv,
@@ -93,8 +94,8 @@ def expected(op: Op, example: Example) -> np.ndarray:
             return sparse.unpack(*example.inputs, example.attributes["shape"])
         case fake_lookup.FakeLookup():
             return round_to_codebook(example)
-        case fake_shift.FakeShift():
-            return signed_powers(example)
+        case fake_shift.FakeShift() | fake_sparse_shift.FakeSparseShift():
+            return signed_powers(op, example)
         case sekron_conv.SeKronConv():
             return convolve(example)
         case euclid_conv.EuclidConv() | fake_euclid_conv.FakeEuclidConv():
@@ -182,12 +183,14 @@ def round_to_codebook(example: Example) -> np.ndarray:
     return ir.restore(y, w.shape, axes)
 
 
-def signed_powers(example: Example) -> np.ndarray:
-    sign, scale, gain, *steps = example.inputs
+def signed_powers(op: Op, example: Example) -> np.ndarray:
+    given = dict(zip(op.formal(len(example.inputs)), example.inputs, strict=True))
+    sign, scale, gain = given.pop("sign"), given.pop("scale"), given.pop("gain")
+    alive = given.pop("value", np.ones_like(sign)) > 0
     exponent = np.zeros(sign.shape)
-    for step in steps:
+    for step in given.values():
         exponent = np.where(step > 0, exponent + 1, 0)
-    return scale_rows(np.where(sign >= 0, 1, -1) * 2**exponent, scale * gain, example)
+    return scale_rows(np.where(sign >= 0, 1, -1) * alive * 2**exponent, scale * gain, example)
 
 
 def scale_rows(levels: np.ndarray, factor: np.ndarray, example: Example) -> np.ndarray:
@@ -297,6 +300,7 @@ def test_files_are_named_after_their_ops() -> None:
         "FakeEuclidLinear",
         "FakeLookup",
         "FakeShift",
+        "FakeSparseShift",
         "KronLinear",
         "Lookup",
         "SeKronConv",

@@ -27,14 +27,14 @@ CNN = """cnn (float[16,3,6,6] x) => (float[16,5] y)
     m = Reshape (l, shape)
     y = Gemm <transB: int = 1> (m, c)
 }"""
-SPECS = ["denseshift{bits=3 skip=}", "denseshift{bits=2 terms=2 skip=}"]
+SPECS = ["denseshift{bits=3 skip=}", "s3{skip=}", "denseshift{bits=2 terms=2 skip=}"]
 
 
 def prepared(spec: str, source: onnx_ir.Model, seed: int = 0) -> tuple[onnx_ir.Model, passes.TrainablePass]:
     clone = source.clone()
     step = passes.Pipeline.parse(spec).passes[0]
     assert isinstance(step, passes.TrainablePass)
-    assert step.prepare(clone, passes.Context(seed=seed))
+    assert step.prepare(clone, passes.Context(seed=seed, training=passes.Training()))
     ir.add_functions(clone)
     ir.verify(clone)
     return clone, step
@@ -73,6 +73,7 @@ def arrays(source: onnx_ir.Model) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("spec", [
     *SPECS, "denseshift{skip= rounding=log2}", "denseshift{group_size=5 skip=}", "denseshift{bits=2 skip= spread=1}",
+    "s3{bits=2 skip=}", "s3{bits=4 skip= group_size=5}",
 ])  # fmt: skip
 def test_a_form_that_is_not_trained_is_stored_as_without_a_training(spec: str) -> None:
     source = model(ZOO)
@@ -90,7 +91,7 @@ def test_terms_of_rows_of_zeros_and_of_what_one_term_holds_start_as_they_are_sto
     w[:, 1:4] = np.random.default_rng(0).standard_normal((8, 3))
     w[0] = w[1] = 0
     source = model("g (float[2,8] x) => (float[2,12] y) <float[8,12] w> { y = MatMul (x, w) }", {"w": w})
-    for spec in ("denseshift{bits=2 terms=2 skip=}", "denseshift{bits=3 skip=}"):
+    for spec in ("denseshift{bits=2 terms=2 skip=}", "denseshift{bits=3 skip=}", "s3{skip=}"):
         made, step = prepared(spec, source)
         x = {"x": np.eye(2, 8, dtype=np.float32)}
         want = ir.Session(apply(spec, source)[0]).run(x)["y"]
@@ -115,7 +116,7 @@ def test_a_trained_form_is_stored_as_what_it_computes(spec: str, tmp_path: Path)
     same_in_torch(result)
     # Sums of 108 products in other orders; the weights are the same numbers.
     np.testing.assert_allclose(ir.Session(result).run(x)["y"], want, rtol=1e-5, atol=1e-5)
-    if spec == SPECS[0]:
+    if "terms" not in spec:
         mc_opt.build(result, "x86", tmp_path / "x86")
         np.testing.assert_allclose(mc_opt.load(tmp_path / "x86").run(x)["y"], want, rtol=1e-5, atol=1e-5)
 
