@@ -175,13 +175,17 @@ def convolution(
     window: Window,
     groups: int,
     name: str,
+    shift: relax.Expr | None = None,
 ) -> relax.Expr:
-    """x: [n, *spatial, c], weight [o, c / groups, *kernel] -> [n, *positions, o]."""
+    """x: [n, *spatial, c], weight [o, c / groups, *kernel] -> [n, *positions, o].
+
+    To what it sums up it adds a bias of the outputs [o] and a shift of each position [n, *positions, groups].
+    """
     shape = dims.sizes(x)
     o, per_group = weight.shape[:2]
     positions = window.output(shape[1:-1])
     if groups > 1 and per_group == 1:
-        return _depthwise(e, x, weight, bias, window=window, positions=positions, name=name)
+        return _depthwise(e, x, weight, _added(e, bias, shift), window=window, positions=positions, name=name)
     group_columns = o // groups
     tile = tile_of(positions, group_columns, e)
     if groups > 1 and group_columns % tile.columns:
@@ -192,7 +196,7 @@ def convolution(
     source = padded(e, x, before, _reach(shape, window, rounded), channels=shape[-1])
     packed = weight.packed(tile.columns)
     if e.machine.kind == "cuda" and groups > 1 and group_columns >= _MANY_COLUMNS:
-        return _batched(e, source, packed, bias, window=window, groups=groups, name=name)
+        return _batched(e, source, packed, _added(e, bias, shift), window=window, groups=groups, name=name)
 
     def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         tiles = int(b.shape[0])
@@ -210,14 +214,14 @@ def convolution(
         total = te.compute(domain, element, name="mc_conv", attrs=tile.annotation())
         return cut(total, (shape[0], *positions, o), *rest)
 
-    return fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+    return fusable(e, compute, source, packed, *_added(e, bias, shift), name=name)
 
 
 def _batched(
     e: Emitter,
     source: relax.Expr,
     packed: relax.Expr,
-    bias: np.ndarray | relax.Expr | None,
+    added: Sequence[relax.Expr],
     *,
     window: Window,
     groups: int,
@@ -242,17 +246,33 @@ def _batched(
         total = te.compute((n, *positions, groups, columns), element, name="mc_conv")
         if not rest:
             return total
-        return te.compute(total.shape, lambda *i: total(*i) + rest[0](i[-2] * columns + i[-1]), name="mc_bias")
 
-    y = fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+        def shifted(*i: Any) -> Any:
+            value = total(*i)
+            for x in rest:
+                value = value + (x(i[-2] * columns + i[-1]) if len(x.shape) == 1 else x(*i[:-1]))
+            return value
+
+        return te.compute(total.shape, shifted, name="mc_bias")
+
+    y = fusable(e, compute, source, packed, *added, name=name)
     return e.reshape(y, (n, *positions, o))
 
 
-def cut(total: te.Tensor, shape: Sequence[int], *bias: te.Tensor) -> te.Tensor:
-    """The wanted part of whole tiles, plus a bias of the last axis."""
-    if bias:
-        return te.compute(tuple(shape), lambda *i: total(*i) + bias[0](i[-1]), name="mc_bias")
-    return te.compute(tuple(shape), lambda *i: total(*i), name="mc_cut")
+def cut(total: te.Tensor, shape: Sequence[int], *added: te.Tensor) -> te.Tensor:
+    """The wanted part of whole tiles, plus a bias of the last axis, plus a shift of each position and group."""
+    if not added:
+        return te.compute(tuple(shape), lambda *i: total(*i), name="mc_cut")
+
+    def element(*i: Any) -> Any:
+        value = total(*i)
+        for x in added:
+            extents = dims.sizes(x)
+            group = 0 if extents[-1] == 1 else i[-1] // (shape[-1] // extents[-1])
+            value = value + (x(i[-1]) if len(extents) == 1 else x(*i[:-1], group))
+        return value
+
+    return te.compute(tuple(shape), element, name="mc_bias")
 
 
 def fusable(e: Emitter, fn: Any, *sources: relax.Expr, name: str) -> relax.Var:
@@ -270,7 +290,7 @@ def _depthwise(
     e: Emitter,
     x: relax.Expr,
     weight: Weight,
-    bias: np.ndarray | relax.Expr | None,
+    added: Sequence[relax.Expr],
     *,
     window: Window,
     positions: Sequence[int],
@@ -301,7 +321,7 @@ def _depthwise(
         total = te.compute(domain, element, name="mc_depthwise", attrs=tile.annotation())
         return cut(total, (shape[0], *positions, o), *rest)
 
-    return fusable(e, compute, source, packed, *_bias(e, bias), name=name)
+    return fusable(e, compute, source, packed, *added, name=name)
 
 
 def _reach(shape: Sequence[int], w: Window, rounded: Sequence[int]) -> list[int]:
@@ -318,10 +338,9 @@ def _divisor(columns: int, tile: Tile) -> int:
     return max(d for d in range(1, tile.columns + 1) if columns % d == 0)
 
 
-def _bias(e: Emitter, bias: np.ndarray | relax.Expr | None) -> list[relax.Expr]:
-    if bias is None:
-        return []
-    return [e.weight(bias) if isinstance(bias, np.ndarray) else bias]
+def _added(e: Emitter, bias: np.ndarray | relax.Expr | None, shift: relax.Expr | None) -> list[relax.Expr]:
+    given = e.weight(bias) if isinstance(bias, np.ndarray) else bias
+    return [x for x in (given, shift) if x is not None]
 
 
 def _pack(weight: np.ndarray, *, columns: int) -> np.ndarray:

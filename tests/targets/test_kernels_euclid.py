@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mc_opt import ir
+from tests.targets._kernels import check, normal
+
+pytestmark = [pytest.mark.tvm, pytest.mark.slow, pytest.mark.ci]
+
+
+def _samples(op):
+    return {s.name: s for s in ir.find_op(op).samples(np.random.default_rng(0)) if s.inputs[0].dtype == np.float32}
+
+
+SAMPLES = {(op, name): sample for op in ("EuclidConv", "EuclidLinear") for name, sample in _samples(op).items()}
+FEW = [("EuclidConv", "padded-bias"), ("EuclidConv", "groups-dilated"), ("EuclidLinear", "bias")]
+
+
+def _text(key, *, lead=(), weight="w", nodes="", sample=None):
+    """The text of a sample and its weights; `lead` replaces the first sizes of x, `weight` and `nodes` its weight."""
+    x, w, bias = (*(sample or SAMPLES[key]).inputs, None)[:3]
+    attributes = (sample or SAMPLES[key]).attributes
+    given = ", ".join(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in attributes.items())
+    shape = (*lead, *x.shape[len(lead) :])
+    out = ",".join(f"d{i}" for i in range(x.ndim))
+    weights = {"bias": bias} if bias is not None else {}
+    weights |= {"w": w} if weight == "w" else {}
+    operands = f"x, {weight}{', bias' if bias is not None else ''}"
+    made = "" if weight == "w" else f"<float[{','.join(map(str, w.shape))}] {weight}>"
+    head = f"g (float[{','.join(map(str, shape))}] x) => (float[{out}] y) {made}"
+    return f"{head} {{ {nodes} c = mc_opt.{key[0]}<{given}>({operands}) y = Relu(c) }}", weights
+
+
+@pytest.mark.parametrize("key", SAMPLES, ids="-".join)
+def test_layer(key):
+    text, weights = _text(key)
+    check(text.replace("y = Relu", "y = Neg"), weights)  # all but a bias is negative
+
+
+@pytest.mark.parametrize("key", FEW, ids="-".join)
+def test_layer_on_avx2(key):
+    check(*_text(key), cpu="x86-64-v3")
+
+
+@pytest.mark.parametrize("key", FEW, ids="-".join)
+def test_open_batch(key):
+    text, weights = _text(key, lead=("b",))
+    check(text.replace("y = Relu", "y = Neg"), weights, sizes=[{"b": b} for b in (1, 2, 7, 13)])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("op", ["EuclidConv", "EuclidLinear"])
+def test_packed_weight(op, rows):
+    """‖w‖² of a packed weight is that of what it decodes to."""
+    attributes = {"strides": (1, 1), "dilations": (1, 1), "pads": (1,) * 4, "group": 1} if op == "EuclidConv" else {}
+    shape, x = ((16, 8, 3, 3), (1, 8, 5, 6)) if op == "EuclidConv" else ((16, 48), (rows, 48))
+    codes = np.random.default_rng(3).integers(0, 16, shape).astype(np.uint8)
+    weights = {
+        "codes": ir.pack_codes(codes, 4),
+        "book": normal(16),
+        "scale": (np.random.default_rng(4).random((16, 1)) + 0.5).astype(np.float32),
+    }
+    nodes = f"w4 = mc_opt.Lookup<bits=4, shape={list(shape)}, axes=[0], group_size=0>(codes, book, scale)"
+    sample = ir.Example("", (normal(*x), np.zeros(shape), normal(16)), attributes or {"transB": 1})
+    text, rest = _text((op, ""), weight="w4", nodes=nodes, sample=sample)
+    check(text.replace("y = Relu", "y = Neg"), weights | rest)
+
+
+@pytest.mark.parametrize("key", FEW, ids="-".join)
+def test_weight_that_the_model_computes(key):
+    w = SAMPLES[key].inputs[1]
+    nodes = "w2 = mc_opt.AddSparse(w1, at, values)"
+    text, rest = _text(key, weight="w2", nodes=nodes)
+    check(text, rest | {"w1": w, "at": np.array([0, w.size - 1]), "values": normal(2)})
+
+
+@pytest.mark.parametrize("channels", [24, 32, 33])
+def test_sums_of_any_number_of_channels(channels):
+    attributes = {"strides": (1, 1), "dilations": (1, 1), "pads": (1,) * 4, "group": 1}
+    sample = ir.Example("", (normal(1, channels, 7, 9), normal(8, channels, 3, 3), None), attributes)
+    text, rest = _text(("EuclidConv", ""), sample=sample)
+    check(text.replace("y = Relu", "y = Neg"), rest)
