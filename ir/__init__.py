@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.views import (
         after,
         before,
+        components,
         cycles,
         downstream,
         find_cycle,
@@ -172,6 +173,7 @@ _EXPORTS = {
     "verify": "verifier",
     "after": "views",
     "before": "views",
+    "components": "views",
     "cycles": "views",
     "downstream": "views",
     "find_cycle": "views",

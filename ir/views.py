@@ -208,6 +208,14 @@ def after(view: nx.DiGraph, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(target for name in names for target in view.successors(name)))
 
 
+def components(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """What pairs connect among the numbers below `count`: each set ascending, the sets by their first member."""
+    ties: nx.Graph = nx.Graph()
+    ties.add_nodes_from(range(count))
+    ties.add_edges_from(pairs)
+    return tuple(sorted(tuple(sorted(found)) for found in nx.connected_components(ties)))
+
+
 def label(view: nx.DiGraph, name: str) -> str:
     """A node for people: its op type and its name."""
     return f"{view.nodes[name]['op_type']} {name}"

@@ -71,11 +71,11 @@ class FactorSite:
             weight = (weight.astype(np.float64) * self.scale).astype(weight.dtype)
         outputs = sum(_positions(use.node.outputs[0], self.kind) for use in self.uses)
         inputs = sum(_positions(use.node.inputs[0], self.kind) for use in self.uses) if self.kind == "conv" else outputs
-        place = Place(outputs, inputs, self.group, int(self.site.tensor.dtype.itemsize), _price(ctx))
+        place = Place(outputs, inputs, self.group, int(self.site.tensor.dtype.itemsize), price_of(ctx))
         return Layer(weight, place, table=self.kind == "table")
 
 
-def _price(ctx: Context) -> targets.Price:
+def price_of(ctx: Context) -> targets.Price:
     """The target's price; without a target of its own kernels that of x86, for all."""
     if ctx.target is not None and ctx.target.makes_artefact:
         return ctx.target.price
