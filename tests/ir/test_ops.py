@@ -21,13 +21,16 @@ from mc_opt.ir.ops import (
     fake_euclid_conv,
     fake_euclid_linear,
     fake_lookup,
+    fake_prox,
     fake_shift,
     fake_sparse_shift,
+    fake_swish_sign,
     kron_linear,
     lookup,
     sekron_conv,
     sparse,
 )
+from tests.ir._levels_in_numpy import draw_to_levels, swish_to_levels
 
 CASES = [
     pytest.param(name, example, id=f"{name}-{example.name}")
@@ -96,6 +99,10 @@ def expected(op: Op, example: Example) -> np.ndarray:
             return round_to_codebook(example)
         case fake_shift.FakeShift() | fake_sparse_shift.FakeSparseShift():
             return signed_powers(op, example)
+        case fake_prox.FakeProx():
+            return draw_to_levels(example)
+        case fake_swish_sign.FakeSwishSign():
+            return swish_to_levels(example)
         case sekron_conv.SeKronConv():
             return convolve(example)
         case euclid_conv.EuclidConv() | fake_euclid_conv.FakeEuclidConv():
@@ -204,6 +211,8 @@ def tolerance(op: Op, dtype: np.dtype) -> float:
     if op.name in {"SeKronConv", "KronLinear"}:
         # Sums of some hundred products in another order, rounded once more between stages.
         return 2e-6 if dtype == np.float32 else 4e-3
+    if op.name == "FakeSwishSign":
+        return 2e-6  # tanh is approximated differently, and 1 − tanh² is multiplied by up to 10
     if "Euclid" in op.name:
         # Three sums of some ten products, which cancel; half precision is rounded once, at the end.
         return 2e-6 if dtype == np.float32 else 1e-3
@@ -249,7 +258,8 @@ def test_checker_infers_the_stated_type(name: str, example: Example) -> None:
     found = inferred.graph.output[0].type.tensor_type
     dtype, shape = op.types(model.graph[0])[0]
     assert found.elem_type == dtype.value
-    if op.name not in {"AddSparse", "FakeLookup"}:  # these take the shape from an input at run time
+    takes_shape = {"AddSparse", "FakeLookup", "FakeProx", "FakeSwishSign"}
+    if op.name not in takes_shape:  # these take it from an input at run time
         assert [d.dim_value for d in found.shape.dim] == list(shape)
 
 
@@ -299,8 +309,10 @@ def test_files_are_named_after_their_ops() -> None:
         "FakeEuclidConv",
         "FakeEuclidLinear",
         "FakeLookup",
+        "FakeProx",
         "FakeShift",
         "FakeSparseShift",
+        "FakeSwishSign",
         "KronLinear",
         "Lookup",
         "SeKronConv",

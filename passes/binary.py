@@ -1,0 +1,68 @@
+"""Store weights as signs and a scale a row, trained through a proximal map or SwishSign.
+
+    ŵ = s·sign(u)        forward y = s·F(u), backward ∂y/∂u = s·B(u), F → sign
+
+The latents u start as w / mean |w| of the row, the trained scale s as mean |w|, which is best for signs; without
+training that is what is stored. `method` chooses the pair (F, B).
+
+Papers: Dockhorn et al., "Demystifying and Generalizing BinaryConnect", NeurIPS 2021 (bc, pc); Lu et al., "Understanding
+Neural Network Binarization with Forward and Backward Proximal Quantizers", NeurIPS 2023 (pcpp, bnnpp); Darabi et al.,
+"Regularized Binary Network Training", arXiv 1812.11800 (bnnplus); Belbahri et al., "Foothill", arXiv 1901.06414. The
+schedules, latents of size 1, and where an activation is binarised are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import onnx_ir
+
+from mc_opt import ir
+from mc_opt.passes import _binary, _binary_forms, _binary_sites
+from mc_opt.passes._base import Context
+from mc_opt.passes._trainable import TrainablePass, forms
+
+_LEVELS = 2
+
+
+@dataclass(frozen=True)
+class Binary(TrainablePass):
+    """Store weights as signs with a scale a row, w ≈ s·sign(u), in 1 bit.
+
+    method: the pair of forward and backward maps while training: bc (BinaryConnect), pc (ProxConnect), pcpp
+    (ProxConnect++ with Bi-Real's derivative), bnnpp (BNN++), bnnplus (BNN+) or foothill. skip: layer globs; `first`
+    and `last` stand for the first and last Conv, MatMul or Gemm with a constant weight.
+    """
+
+    family: ClassVar[str] = "quantise"
+
+    method: Literal["bc", "pc", "pcpp", "bnnpp", "bnnplus", "foothill"] = "pc"
+    skip: tuple[str, ...] = field(default=("first", "last"), kw_only=True)
+
+    def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
+        """Put the training form of the layer's method in the place of every weight that is taken."""
+        sites = _binary_sites.taken(self, model, ctx, bits=1)
+        for done, site in enumerate(sites):
+            ctx.progress(done, len(sites), site.layer)
+            method = self.at(site.layer).method
+            by = (self.name, f"signs, {method}")
+            _binary_forms.weight_form(model, site, ctx, method=method, levels=_LEVELS, by=by)
+        return len(sites)
+
+    def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
+        """Store the signs of the latents with their scales."""
+        found = list(forms(model, self.name))
+        for node in found:
+            latent = node.inputs[0]
+            assert latent is not None
+            by = (self.name, "signs")
+            codes = _binary.level_codes(ctx.weight(latent), _LEVELS)
+            _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=by)
+        ir.add_functions(model)
+        return len(found)
+
+    def settings(self, model: onnx_ir.Model, progress: float) -> Mapping[str, float]:
+        """How far the maps are from hard: κ or β of each method in use."""
+        return _binary_forms.settings(model, self.name, progress)
