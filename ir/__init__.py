@@ -12,9 +12,21 @@ if TYPE_CHECKING:
     from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError
     from mc_opt.ir.history import Origin, Touched, add_history, read_history
     from mc_opt.ir.io.atomic import FolderError, staged_files, staged_folder, write_bytes, write_text
+    from mc_opt.ir.io.axes import batch_axes
     from mc_opt.ir.io.capture import capture, from_torch
-    from mc_opt.ir.io.data import Data, Sample, check_states, load_data, seeded_data
+    from mc_opt.ir.io.data import (
+        LABEL,
+        Data,
+        Sample,
+        as_sample,
+        check_arrays,
+        check_states,
+        load_data,
+        seeded_data,
+    )
+    from mc_opt.ir.io.factory import call_factory, find_factory, first_line
     from mc_opt.ir.io.load import load_model
+    from mc_opt.ir.io.npz import Header
     from mc_opt.ir.io.read import Source
     from mc_opt.ir.io.save import SavedModel, save_model
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
@@ -40,6 +52,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.run.interp import interpret
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
+    from mc_opt.ir.run.standard.dtypes import from_array, to_array, torch_type
     from mc_opt.ir.run.values import value_drift
     from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, names_of, weight_sites
     from mc_opt.ir.storage import LayerChange, Storage, Stored, storage_of
@@ -87,12 +100,20 @@ _EXPORTS = {
     "write_text": "io.atomic",
     "capture": "io.capture",
     "from_torch": "io.capture",
+    "batch_axes": "io.axes",
+    "LABEL": "io.data",
     "Data": "io.data",
     "Sample": "io.data",
+    "as_sample": "io.data",
+    "check_arrays": "io.data",
     "check_states": "io.data",
     "load_data": "io.data",
     "seeded_data": "io.data",
+    "call_factory": "io.factory",
+    "find_factory": "io.factory",
+    "first_line": "io.factory",
     "load_model": "io.load",
+    "Header": "io.npz",
     "Source": "io.read",
     "SavedModel": "io.save",
     "save_model": "io.save",
@@ -161,6 +182,9 @@ _EXPORTS = {
     "judge": "run.drift",
     "noise": "run.ort",
     "run_data": "run.ort",
+    "from_array": "run.standard.dtypes",
+    "to_array": "run.standard.dtypes",
+    "torch_type": "run.standard.dtypes",
     "value_drift": "run.values",
     "LayerChange": "storage",
     "Storage": "storage",

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import io
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +14,8 @@ import numpy as np
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from mc_opt.ir.errors import IRError, OptionError
+from mc_opt.ir.errors import IRError
+from mc_opt.ir.io.factory import INSTALL, find_factory, first_line
 from mc_opt.ir.io.load import copy_output, prepare
 from mc_opt.ir.io.read import SOURCE, Source
 from mc_opt.ir.io.weightless import graphs
@@ -32,7 +30,6 @@ _KEPT_METADATA = {_SCOPES, "pkg.torch.onnx.class_hierarchy"}
 _GATES = {"LSTM": "torch i,f,g,o; onnx i,o,f,c", "GRU": "torch r,z,n; onnx z,r,h"}
 _RECURRENT = {"LSTM", "GRU", "RNN"}
 _HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_INSTALL = "torch is not installed, capturing needs it; pip install 'mc-opt[torch]'"
 _UNLIMITED = 1 << 62
 
 
@@ -64,7 +61,7 @@ def capture(
     try:
         import torch
     except ImportError as error:
-        raise IRError(_INSTALL) from error
+        raise IRError(INSTALL) from error
     where = type(module).__name__
     exported = isinstance(module, torch.export.ExportedProgram)
     if not exported and not isinstance(module, torch.nn.Module):
@@ -107,26 +104,7 @@ def from_torch(text: str, *, dynamic_shapes: Any = None) -> onnx_ir.Model:
         OptionError: there is no such factory.
         IRError: the factory fails, or what it returns cannot be captured.
     """
-    path, colon, name = text.partition(":")
-    if not (path and colon and name):
-        raise OptionError(f"--from-torch {text!r}: expected package.module:factory, as in nets.small:make")
-    with _on_path(os.getcwd()):
-        try:
-            factory = getattr(importlib.import_module(path), name)
-        except ModuleNotFoundError as error:
-            if error.name == "torch":
-                raise IRError(_INSTALL) from error
-            raise OptionError(
-                f"--from-torch {text!r}: {error}; run it from the folder that holds the module"
-            ) from error
-        except AttributeError as error:
-            raise OptionError(f"--from-torch {text!r}: module {path!r} has no {name!r}; check the name") from error
-        except Exception as error:
-            raise IRError(f"--from-torch {text!r}: importing {path!r} failed: {_line(error)}; repair it") from error
-        try:
-            made = factory()
-        except Exception as error:
-            raise IRError(f"--from-torch {text!r}: the factory failed: {_line(error)}; repair it") from error
+    made = find_factory(text, "--from-torch")()
     if isinstance(made, tuple) and len(made) in (2, 3):
         module, example, *sizes = made
         return capture(module, example, dynamic_shapes=sizes[0] if sizes else dynamic_shapes)
@@ -136,15 +114,6 @@ def from_torch(text: str, *, dynamic_shapes: Any = None) -> onnx_ir.Model:
             "(module, example, dynamic shapes) or an ExportedProgram"
         )
     return capture(made, dynamic_shapes=dynamic_shapes)
-
-
-@contextlib.contextmanager
-def _on_path(folder: str) -> Iterator[None]:
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def _check_eval(module: Any, where: str) -> None:
@@ -186,7 +155,7 @@ def _export(module: Any, args: tuple[Any, ...], where: str, **options: Any) -> o
             program = torch.onnx.export(module, args, dynamo=True, optimize=False, verbose=False, **options)
     except Exception as error:  # torch wraps whatever tracing met
         raise IRError(
-            f"{where}: cannot be captured: {_line(_root(error))}; rewrite that part so that torch.export takes it"
+            f"{where}: cannot be captured: {first_line(_root(error))}; rewrite that part so that torch.export takes it"
         ) from error
     assert program is not None
     model: onnx_ir.Model = program.model
@@ -210,11 +179,6 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def _name_outputs(graph: onnx_ir.Graph, names: Sequence[str], where: str) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import math
-import zipfile
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
 from mc_opt.ir.errors import DataError
+from mc_opt.ir.io.npz import SAVE, Header, count, file_digest, open_arrays, read_headers, walk_rows
 from mc_opt.ir.io.shapes import describe, example_shapes, varied_shapes
 
 LABEL = "label"
-_SAVE = "save it with numpy.savez"
 # A sequence of integers runs through these on its way to a table without changing its numbers.
 _CARRIERS = {"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 _CARRIERS_FIRST = {"Expand", "Reshape", "Slice", "Squeeze", "Unsqueeze"}
@@ -45,6 +46,8 @@ class Data:
         labelled: whether every sample has a label.
         states: recurrent states, output name to input name.
         origin: where the samples come from, for people.
+        row: a sample by its number, without states; None when they can only be walked.
+        fingerprint: what tells these samples from others; empty when nothing does.
     """
 
     walk: Callable[[], Iterator[Sample]]
@@ -52,6 +55,8 @@ class Data:
     labelled: bool = False
     states: Mapping[str, str] = dataclasses.field(default_factory=dict)
     origin: str = ""
+    row: Callable[[int], Sample] | None = None
+    fingerprint: str = ""
 
     def __iter__(self) -> Iterator[Sample]:
         return self.walk()
@@ -78,30 +83,42 @@ def load_data(path: str | Path, model: onnx_ir.Model, states: Mapping[str, str] 
     """
     path, states = Path(path), dict(states or {})
     check_states(model, states)
-    inputs = [v for v in model.graph.inputs if v.name not in states.values()]
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{path}: the folder holds no .npz file, expected one at least; {_SAVE}")
-    arrays = [_check_file(file, inputs, states) for file in files]
-    labelled = [LABEL in a and LABEL not in {v.name for v in inputs} for a in arrays]
-    if len(set(labelled)) > 1:
+        raise DataError(f"{path}: the folder holds no .npz file, expected one at least; {SAVE}")
+    headers = [read_headers(file) for file in files]
+    for file, arrays in zip(files, headers, strict=True):
+        check_arrays(file, arrays, model, states)
+    given = [LABEL in a and LABEL not in {v.name for v in model.graph.inputs} for a in headers]
+    if len(set(given)) > 1:
         raise DataError(
-            f"{path}: {files[labelled.index(False)].name} has no array {LABEL!r}, other files do; give all or none"
+            f"{path}: {files[given.index(False)].name} has no array {LABEL!r}, other files do; give all or none"
         )
+    sample = functools.partial(as_sample, model=model, states=states)
 
     def walk() -> Iterator[Sample]:
-        for file, headers in zip(files, arrays, strict=True):
-            first = True
-            for rows in _rows(file, headers):
-                label = rows.pop(LABEL, None) if labelled[0] else None
-                sample = {str(v.name): _shaped(rows[str(v.name)], v) for v in inputs}
-                if first:
-                    sample |= _zeros(model, states, sample)
-                yield Sample(sample, label)
-                first = False
+        for file, arrays in zip(files, headers, strict=True):
+            for i, rows in enumerate(walk_rows(file, arrays)):
+                plain = sample(rows)
+                yield plain if i else Sample({**plain.inputs, **_zeros(model, states, plain.inputs)}, plain.label)
 
-    size = sum(_count(a) for a in arrays)
-    return Data(walk, size, labelled[0], states, str(path))
+    opened = open_arrays(files, headers)
+    ends = list(itertools.accumulate(count(a) for a in headers))
+
+    def row(index: int) -> Sample:
+        number = bisect.bisect_right(ends, index)
+        at = index - ends[number]  # from the file's end, as a list counts
+        return sample({name: array[at] for name, array in opened(number).items()})
+
+    digest = "".join(file_digest(file, arrays) for file, arrays in zip(files, headers, strict=True))
+    return Data(walk, ends[-1], given[0], states, str(path), row, digest)
+
+
+def as_sample(rows: Mapping[str, npt.NDArray[Any]], model: onnx_ir.Model, states: Mapping[str, str]) -> Sample:
+    """One entry of arrays that `check_arrays` let through, in the shapes of the model's inputs; without states."""
+    inputs = [v for v in model.graph.inputs if v.name not in states.values()]
+    label = rows.get(LABEL) if LABEL not in {v.name for v in inputs} else None
+    return Sample({str(v.name): _shaped(rows[str(v.name)], v) for v in inputs}, label)
 
 
 def seeded_data(
@@ -126,50 +143,56 @@ def seeded_data(
     inputs = [v for v in model.graph.inputs if v.name not in states.values()]
     drawn = [[(v, _draw(v, shape)) for v in inputs] for shape in shapes]
 
+    def row(index: int) -> Sample:
+        rng = np.random.default_rng((seed, index))
+        return Sample({str(v.name): draw(rng) for v, draw in drawn[index % len(drawn)]})
+
     def walk() -> Iterator[Sample]:
         for i in range(n):
-            rng = np.random.default_rng((seed, i))
-            sample = {str(v.name): draw(rng) for v, draw in drawn[i % len(drawn)]}
-            yield Sample(sample | (_zeros(model, states, sample) if i == 0 else {}))
+            inputs = row(i).inputs
+            yield Sample(inputs if i else {**inputs, **_zeros(model, states, inputs)})
 
-    return Data(walk, n, states=states, origin=f"seed {seed}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    fortran: bool
+    return Data(walk, n, states=states, origin=f"seed {seed}", row=row, fingerprint=f"seed {seed}, {n} samples")
 
 
-def _check_file(path: Path, inputs: list[onnx_ir.Value], states: Mapping[str, str]) -> dict[str, _Header]:
-    headers = _headers(path)
+def check_arrays(
+    where: str | Path, headers: Mapping[str, Header], model: onnx_ir.Model, states: Mapping[str, str]
+) -> None:
+    """Refuse arrays, one an input and perhaps a label, whose first axes count samples, that do not fit a model.
+
+    Args:
+        where: where they come from, for the error.
+        headers: the arrays by name.
+        model: the model.
+        states: recurrent states, output name to input name, which need no array.
+
+    Raises:
+        DataError: names, shapes or types do not fit, or the arrays do not count the same samples.
+    """
+    inputs = [v for v in model.graph.inputs if v.name not in states.values()]
     expected = ", ".join(f"{v.name} {describe(v)}" for v in inputs)
     for name in headers:
         if name in states.values():
-            raise DataError(f"{path}: array {name!r} is a recurrent state, which starts at zero; leave the array out")
+            raise DataError(f"{where}: array {name!r} is a recurrent state, which starts at zero; leave the array out")
         if name != LABEL and name not in {v.name for v in inputs}:
-            raise DataError(f"{path}: array {name!r} is no input of the model, expected {expected}; rename or drop it")
+            raise DataError(f"{where}: array {name!r} is no input of the model, expected {expected}; rename or drop it")
     for value in inputs:
         if value.name not in headers:
             hint = "; a recurrent state is given by --state output=input" if not states else ""
-            raise DataError(f"{path}: no array for input {value.name!r}, expected {expected}{hint}")
-        _check_array(path, value, headers[str(value.name)])
+            raise DataError(f"{where}: no array for input {value.name!r}, expected {expected}{hint}")
+        _check_array(f"{where}: array {value.name!r}", value, headers[str(value.name)])
     counts = {name: h.shape[0] if h.shape else 0 for name, h in headers.items()}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise DataError(f"{path}: first axes count {listed}, expected one number of samples from 1 in every array")
-    return headers
+        raise DataError(f"{where}: first axes count {listed}, expected one number of samples from 1 in every array")
 
 
-def _check_array(path: Path, value: onnx_ir.Value, header: _Header) -> None:
-    where = f"{path}: array {value.name!r}"
-    given = f"{header.dtype}[{','.join(map(str, header.shape))}]"
+def _check_array(where: str, value: onnx_ir.Value, header: Header) -> None:
     if value.dtype is None or not isinstance(value.type, onnx_ir.TensorType):
         raise DataError(f"{where}: input {value.name!r} is no tensor, which no array can be; capture another interface")
     if header.dtype != value.dtype.numpy():
         raise DataError(
-            f"{where} is {given}, expected {value.dtype.numpy()} for {describe(value)}; convert it with astype"
+            f"{where} is {header}, expected {value.dtype.numpy()} for {describe(value)}; convert it with astype"
         )
     if value.shape is None:
         return
@@ -180,74 +203,7 @@ def _check_array(path: Path, value: onnx_ir.Value, header: _Header) -> None:
         wanted = ["samples", *(str(d) for d in value.shape)]
         if rank and value.shape[0] == 1:
             wanted = ["samples", *(str(d) for d in value.shape[1:])]
-        raise DataError(f"{where} is {given}, expected [{','.join(wanted)}] for input {describe(value)}; reshape it")
-
-
-def _headers(path: Path) -> dict[str, _Header]:
-    """Type and shape of every array of an npz file; the data stays unread."""
-    if path.suffix != ".npz" and path.is_file():
-        raise DataError(f"{path}: is no .npz file, expected one or a folder of them; {_SAVE}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith(".npy")]
-            headers = {}
-            for name in names:
-                with archive.open(name) as file:
-                    headers[name.removesuffix(".npy")] = _header(file)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file or folder, expected an .npz file; check the path") from error
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as an .npz file ({error}); {_SAVE} again") from error
-    for name, header in headers.items():
-        if header.dtype.hasobject:
-            raise DataError(f"{path}: array {name!r} holds Python objects, which are never loaded; save numbers")
-    return headers
-
-
-def _header(file: IO[bytes]) -> _Header:
-    version = np.lib.format.read_magic(file)
-    match version:
-        case (1, 0):
-            return _Header(*_order(np.lib.format.read_array_header_1_0(file)))
-        case (2, 0):
-            return _Header(*_order(np.lib.format.read_array_header_2_0(file)))
-        case _:
-            raise ValueError(f"npy format {version} is not one of numbers")
-
-
-def _order(header: tuple[Any, ...]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
-    shape, fortran, dtype = header
-    return tuple(shape), dtype, bool(fortran)
-
-
-def _count(headers: Mapping[str, _Header]) -> int:
-    return next(h.shape[0] for h in headers.values())
-
-
-def _rows(path: Path, headers: Mapping[str, _Header]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """The entries of all arrays along their first axis, side by side."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            walks = {name: _array_rows(archive, name, header) for name, header in headers.items()}
-            for _ in range(_count(headers)):
-                yield {name: next(walk) for name, walk in walks.items()}
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{path}: cannot be read to its end ({error}); {_SAVE} again") from error
-
-
-def _array_rows(archive: zipfile.ZipFile, name: str, header: _Header) -> Iterator[npt.NDArray[Any]]:
-    shape = header.shape[1:]
-    with archive.open(f"{name}.npy") as file:
-        if header.fortran:  # its rows are not together in the file
-            yield from np.lib.format.read_array(file, allow_pickle=False)
-            return
-        _header(file)
-        length = math.prod(shape) * header.dtype.itemsize
-        for _ in range(header.shape[0]):
-            data = file.read(length)
-            if len(data) != length:
-                raise EOFError(f"array {name!r} ends early")
-            yield np.frombuffer(data, header.dtype).reshape(shape)
+        raise DataError(f"{where} is {header}, expected [{','.join(wanted)}] for input {describe(value)}; reshape it")
 
 
 def _shaped(row: npt.NDArray[Any], value: onnx_ir.Value) -> npt.NDArray[Any]:
@@ -312,7 +268,7 @@ def _choices(value: onnx_ir.Value) -> range | list[int]:
     """The numbers that an integer input is made for: rows of the tables that it indexes, or what it is compared to."""
     rows: list[int] = []
     compared: set[int] = set()
-    for node, slot in _readers(value):
+    for node, slot in readers_of(value):
         table = node.inputs[0]
         if node.op_type == "Gather" and slot == 1 and table is not None and table.shape is not None:
             length = table.shape[node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
@@ -328,7 +284,7 @@ def _choices(value: onnx_ir.Value) -> range | list[int]:
     return sorted(compared) if compared and (scalar or len(compared) > 1) else range(_INT_BOUND)
 
 
-def _readers(value: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, int]]:
+def readers_of(value: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, int]]:
     """The nodes that read the value, directly or behind ops that only carry it."""
     seen: set[onnx_ir.Value] = set()
     waiting = [value]

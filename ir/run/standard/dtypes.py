@@ -60,8 +60,11 @@ def torch_type(code: int) -> torch.dtype:
 
 def to_torch(tensor: onnx_ir.TensorProtocol) -> torch.Tensor:
     """A torch copy of an ONNX tensor."""
-    dtype = torch_type(tensor.dtype)
-    array = np.array(tensor.numpy())
+    return from_array(np.array(tensor.numpy()), torch_type(tensor.dtype))
+
+
+def from_array(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The torch tensor of the type that belongs to the array's, on the same memory where both have the type."""
     if dtype in _BITS:
         return torch.from_numpy(array.view(_BITS[dtype][0])).view(dtype)
     if array.dtype.kind == "V":  # ml_dtypes' 2 and 4 bit integers
