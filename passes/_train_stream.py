@@ -272,8 +272,10 @@ def _known_size(loader: DataLoader[Any] | None) -> tuple[int, int] | None:
     """Batches and samples of an epoch, where the loader knows both."""
     if loader is None or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return None  # with a batch sampler of the user's the batch size is None too
+    if not hasattr(loader.sampler, "__len__") or not len(loader):
+        return None
     steps = len(loader)
-    return (steps, steps * loader.batch_size if loader.drop_last else len(loader.sampler)) if steps else None
+    return steps, steps * loader.batch_size if loader.drop_last else len(loader.sampler)
 
 
 def _seed_loader(loader: DataLoader[Any], seed: int, epoch: int) -> None:

@@ -275,6 +275,15 @@ class Shuffled(IterableDataset):  # type: ignore[type-arg]
             yield {"x": torch.tensor([float(i), 0]), "label": i % 3}
 
 
+def test_a_sampler_that_does_not_know_its_size_is_walked() -> None:
+    class Odd(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(1, 9, 2))
+
+    data = source(DataLoader(tensors(), batch_size=3, sampler=Odd()))
+    assert (data.size, data.count(1), flat(ids(walk(data)))) == (4, 2, [1, 3, 5, 7])
+
+
 def test_batches_without_a_data_set_are_split_by_their_number() -> None:
     rows = numbered(6)
     batches = [{name: a[i : i + 2] for name, a in rows.items()} for i in (0, 2, 4)]
