@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_node, replace_weight
     from mc_opt.ir.run.drift import Drift, DriftMeter, OutputDrift, Verdict, accuracy, is_right, judge
-    from mc_opt.ir.run.interp import interpret
+    from mc_opt.ir.run.interp import interpret, learned
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
     from mc_opt.ir.run.standard.dtypes import from_array, to_array, torch_type
@@ -167,6 +167,7 @@ _EXPORTS = {
     "replace_weight": "rewrite",
     "weight_sites": "sites",
     "interpret": "run.interp",
+    "learned": "run.interp",
     "names": "run.module",
     "run_module": "run.module",
     "state_to_model": "run.module",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         quoting_hint,
     )
     from mc_opt.passes._store import Store
-    from mc_opt.passes._trainable import TrainablePass
+    from mc_opt.passes._trainable import TrainablePass, is_main_process
     from mc_opt.passes._training import Epoch, Training, TrainingReport
 
 _EXPORTS = {
@@ -66,6 +66,7 @@ _EXPORTS = {
     "quoting_hint": "_spec",
     "Store": "_store",
     "TrainablePass": "_trainable",
+    "is_main_process": "_trainable",
     "Epoch": "_training",
     "Training": "_training",
     "TrainingReport": "_training",
@@ -99,6 +100,7 @@ __all__ = [
     "dry_run",
     "elements_of",
     "find_pass",
+    "is_main_process",
     "json_text",
     "name_of",
     "options_of",

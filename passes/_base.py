@@ -83,6 +83,7 @@ class Context:
         check: how much the run checks.
         store: where `keep` puts big tensors.
         training: how trainable passes are trained; None converts them at once.
+        fixed: values of inputs that passes of the run make constant.
         on_progress: told (done, total, what); for people, never needed for the result.
         log: notes and skips of the running pass; `run` gives each pass its own.
     """
@@ -97,6 +98,7 @@ class Context:
     check: Check = "full"
     store: Store = field(default_factory=Store)
     training: Training | None = None
+    fixed: Mapping[str, np.ndarray] = field(default_factory=dict)
     on_progress: Callable[[int, int, str], None] | None = None
     log: Log = field(default_factory=Log)
 

@@ -16,6 +16,12 @@ def factored_layer(value: onnx_ir.Value) -> str | None:
     return value.metadata_props.get(FACTOR_OF)
 
 
+def factor_names(model: onnx_ir.Model) -> tuple[str, ...]:
+    """The initialisers that are factors, in the order of the model; those that something decodes are none."""
+    values = (v for graph in model.graphs() for v in graph.initializers.values())
+    return tuple(str(v.name) for v in values if factored_layer(v) is not None and v.uses())
+
+
 def is_chain(node: onnx_ir.Node) -> bool:
     """Whether a node takes the factors of a weight."""
     return node.domain == "mc_opt" and node.op_type in CHAINS

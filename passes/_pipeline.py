@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ import onnx_ir
 import mc_opt
 from mc_opt import ir
 from mc_opt.passes._base import Check, Context, Log, Pass, PassError
+from mc_opt.passes._hold import hold
 from mc_opt.passes._instrument import Bytes, Dump, Instrument, Timing
 from mc_opt.passes._judge import Judge
 from mc_opt.passes._provenance import record
 from mc_opt.passes._report import File, LayerReport, PassReport, Report, Source, Unchecked
-from mc_opt.passes._size import changed_layers, run_bytes, sites, size_of, values_by_name
+from mc_opt.passes._size import changed_layers, run_bytes, sites, size_of
 from mc_opt.passes._spec import Pipeline, RecipeError, Step
-
-OURS = "mc_opt"
+from mc_opt.passes._trainable import TrainablePass, hold_converted, train
 
 _COPIES = 3
 """A model judged in ONNX Runtime is in memory about so many times: serialised, loaded, and packed for its kernels."""
@@ -70,16 +70,21 @@ def run(
         IRError: the model that went in is wrong.
         DataError: the data does not fit the model.
     """
-    ctx = dataclasses.replace(ctx, check=check or ctx.check, reference=ctx.reference or model)
     steps = _until(pipeline.steps, stop_after)
-    _verify(model, ctx.check)
+    fixed = _fixed_inputs(model, steps)
+    ctx = dataclasses.replace(ctx, check=check or ctx.check, reference=ctx.reference or model, fixed=fixed)
+    ir.verify(model, level=ctx.check)
     timing = Timing()
     state = _Run(ctx, _clone(model), [timing, Bytes(), *([Dump(dump)] if dump else []), *instruments])
     if steps:
-        state.open_judge(model, _fixed_inputs(model, steps))
-    for number, step in enumerate(steps):
-        ctx.progress(number, len(steps), step.rewrite.name)
-        state.take(step)
+        state.open_judge(model, fixed)
+    joint = ctx.training is not None and ctx.training.joint
+    for number, group in enumerate(groups := _groups(steps, joint=joint)):
+        ctx.progress(number, len(groups), ", ".join(step.rewrite.name for step in group))
+        if len(group) > 1:
+            state.take_together(group)
+        else:
+            state.take(group[0])
     if dump and not steps:
         Dump(dump).write("input", model)
     return Result(state.model, state.report(model, Pipeline(steps)), tuple(timing.seconds))
@@ -102,11 +107,40 @@ def _until(steps: tuple[Step, ...], stop_after: str | None) -> tuple[Step, ...]:
     return steps[: names.index(stop_after) + 1]
 
 
+def _groups(steps: tuple[Step, ...], *, joint: bool) -> list[tuple[Step, ...]]:
+    """Steps one by one; with `joint`, trainable passes that follow one another are one group."""
+    groups: list[tuple[Step, ...]] = []
+    for step in steps:
+        trains = joint and isinstance(step.rewrite, TrainablePass)
+        if trains and groups and isinstance(groups[-1][-1].rewrite, TrainablePass):
+            groups[-1] = (*groups[-1], step)
+        else:
+            groups.append((step,))
+    return groups
+
+
 def _fixed_inputs(model: onnx_ir.Model, steps: tuple[Step, ...]) -> dict[str, np.ndarray]:
     fixed: dict[str, np.ndarray] = {}
     for step in steps:
         fixed |= step.rewrite.fixes(model)
     return fixed
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a trainable pass prepared, after the training that it shares with others."""
+
+    model: onnx_ir.Model
+    step: TrainablePass
+    log: Log
+    rewrites: int
+
+    def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
+        """Store the forms; the number of layers that the pass took."""
+        if self.rewrites:
+            self.step.convert(model, ctx)
+            hold_converted(model, self.step)
+        return self.rewrites
 
 
 @dataclass
@@ -165,18 +199,41 @@ class _Run:
         self.unchecked.append(Unchecked(what, reason))
         self.warnings.append(f"{what}: not checked: {reason}")
 
-    def take(self, step: Step) -> None:
-        """Run one pass; on failure the model stays what it was."""
+    def take_together(self, steps: Sequence[Step]) -> None:
+        """Prepare all of several trainable passes, train once, and convert one after the other."""
+        before = tuple(p.name for p in self.passes)
+        logs = [Log() for _ in steps]
+        model = _clone(self.model)
+        prepared: list[tuple[TrainablePass, Log, int]] = []
+        for step, log in zip(steps, logs, strict=True):
+            bound = step.bound()
+            assert isinstance(bound, TrainablePass)
+            ctx = _own(self.ctx, bound.name, log)
+            prepared.append((bound, log, _rewrite(bound, bound.prepare, model, ctx, before)))
+            ir.add_functions(model)
+        trained = [bound for bound, _, rewrites in prepared if rewrites]
+        if trained:
+            names = "+".join(bound.name for bound in trained)
+            last = next(log for _, log, rewrites in reversed(prepared) if rewrites)
+            ctx = _own(self.ctx, names, last)
+            _rewrite(trained[0], lambda model, ctx: train(model, trained, ctx), model, ctx, before)
+        for step, (bound, log, rewrites) in zip(steps, prepared, strict=True):
+            self.take(step, _Prepared(model, bound, log, rewrites))
+            model = self.model if rewrites else model
+
+    def take(self, step: Step, prepared: _Prepared | None = None) -> None:
+        """Run one pass, or convert what it has prepared; on failure the model stays what it was."""
         before = tuple(p.name for p in self.passes)
         bound = step.bound()
-        log = Log()
-        new = _clone(self.model)
+        log = prepared.log if prepared else Log()
+        new = _clone(prepared.model if prepared else self.model)
         try:
             for instrument in reversed(self.instruments):  # the clock is the first: it starts last and stops first
                 instrument.before(bound, self.model)
-            rewrites = _rewrite(bound, new, _own(self.ctx, bound.name, log), before)
+            action = prepared.convert if prepared else bound.run
+            rewrites = _rewrite(bound, action, new, _own(self.ctx, bound.name, log), before)
             if rewrites:
-                _hold(bound, self.model, new, before, self.ctx.check)
+                hold(bound, self.model, new, before, self.ctx.check)
                 record(self.model, new, made_by=bound.name, log=log)
             else:
                 new = self.model
@@ -250,9 +307,15 @@ def _own(ctx: Context, name: str, log: Log) -> Context:
     return dataclasses.replace(ctx, log=log, on_progress=lambda done, total, what: told(done, total, f"{name}: {what}"))
 
 
-def _rewrite(step: Pass, model: onnx_ir.Model, ctx: Context, before: tuple[str, ...]) -> int:
+def _rewrite(
+    step: Pass,
+    action: Callable[[onnx_ir.Model, Context], int],
+    model: onnx_ir.Model,
+    ctx: Context,
+    before: tuple[str, ...],
+) -> int:
     try:
-        return step.run(model, ctx)
+        return action(model, ctx)
     except (ir.OptionError, ir.LimitError, ir.DataError, RecipeError):
         raise  # the user's or the machine's matter, not a fault of the pass
     except PassError as error:
@@ -263,65 +326,6 @@ def _rewrite(step: Pass, model: onnx_ir.Model, ctx: Context, before: tuple[str, 
         raise PassError(step.name, "", str(error), before) from error
     except Exception as error:
         raise PassError(step.name, "", f"{type(error).__name__}: {error}", before) from error
-
-
-def _hold(step: Pass, old: onnx_ir.Model, new: onnx_ir.Model, before: tuple[str, ...], check: Check) -> None:
-    """Hold what a pass made to what every model must be."""
-    try:
-        ir.add_functions(new)
-        _verify(new, check)
-    except ir.IRError as error:
-        raise PassError(step.name, "", f"made a wrong model: {error}", before) from error
-    for was, now in zip(_interface(old), _interface(new), strict=True):
-        if was != now:
-            raise PassError(step.name, "", f"changed the outputs: they were {was}, now {now}", before)
-    if not step.allows_losing_our_ops and (lost := _lost(old, new)):
-        raise PassError(
-            step.name,
-            lost,
-            "an op of mc_opt was lost though its result is used: it was folded or inlined; run the foreign pass "
-            "with inline=False and without folding mc_opt nodes",
-            before,
-        )
-
-
-def _interface(model: onnx_ir.Model) -> tuple[list[str], list[str]]:
-    outputs = model.graph.outputs
-    return [str(v.name) for v in outputs], [str(v.dtype) for v in outputs]
-
-
-def _lost(old: onnx_ir.Model, new: onnx_ir.Model) -> str | None:
-    """The name of a node of ours that is gone while something computed from it is still there; None if all is well.
-
-    A node whose every consumer is gone too was dead, as in a branch of an If that is never taken.
-    """
-    present = values_by_name(new)
-    for graph in old.graphs():
-        for node in graph:
-            if node.domain == OURS and any(_folded(value, present) for value in node.outputs):
-                return str(node.name)
-    return None
-
-
-def _folded(value: onnx_ir.Value, present: Mapping[str, onnx_ir.Value]) -> bool:
-    """Whether a result of ours is there without an op of ours, or is gone while something computed from it is not."""
-    open_values, seen = [value], {value}
-    while open_values:
-        current = open_values.pop()
-        now = present.get(str(current.name))
-        if now is not None:
-            producer = now.producer()
-            if producer is None or producer.domain != OURS:
-                return True
-            continue
-        reached = {out for node in current.consumers() for out in node.outputs} - seen
-        seen |= reached
-        open_values += reached
-    return False
-
-
-def _verify(model: onnx_ir.Model, check: Check) -> None:
-    ir.verify(model, level=check)
 
 
 def _clone(model: onnx_ir.Model) -> onnx_ir.Model:

@@ -30,6 +30,11 @@ class Batch:
     size: int
     axes: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, None if self.label is None else self.label.to(device), self.size, self.axes)
+
     def rows(self, start: int, stop: int) -> Batch:
         """The samples from `start` to before `stop`."""
         if start <= 0 and stop >= self.size:

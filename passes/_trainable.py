@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir
 
@@ -25,7 +25,12 @@ class TrainablePass(Pass):
 
     The training itself is `_train.fit`, the same for all; a pass only says what is trained, what it adds to the loss
     and which numbers change on the way.
+
+    Attributes:
+        needs_training: without training data the pass does nothing.
     """
+
+    needs_training: ClassVar[bool] = False
 
     def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Edit `model` in place: put training forms where stored forms will be; the number of layers taken.
@@ -75,13 +80,35 @@ class TrainablePass(Pass):
             return self.without_training(model, ctx)
         prepared = self.prepare(model, ctx)
         if prepared:
-            from mc_opt.passes import _train  # torch is an extra
-
             ir.add_functions(model)
-            _train.fit(model, (self,), ctx)
+            train(model, (self,), ctx)
             self.convert(model, ctx)
             hold_converted(model, self)
         return prepared
+
+
+def train(model: onnx_ir.Model, steps: Sequence[TrainablePass], ctx: Context) -> int:
+    """Train what `steps` prepared in `model`, in place; how many passes that were.
+
+    Raises:
+        OptionError: what training needs is not installed.
+    """
+    try:
+        from mc_opt.passes import _train  # torch is an extra
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "accelerate", "safetensors"):
+            raise
+        raise ir.OptionError(f"training needs {error.name}: pip install 'mc-opt[train]'") from error
+    _train.fit(model, steps, ctx)
+    return len(steps)
+
+
+def is_main_process() -> bool:
+    """Whether this process tells and writes what was trained: the only one, or the first of several, after training."""
+    from torch import distributed
+
+    several = distributed.is_available() and distributed.is_initialized()
+    return not several or bool(distributed.get_rank() == 0)
 
 
 def forms(model: onnx_ir.Model, pass_name: str) -> Iterator[onnx_ir.Node]:

@@ -17,14 +17,16 @@ from typing import ClassVar, Literal
 
 import onnx_ir
 
-from mc_opt.passes._base import Context, Pass
+from mc_opt.passes._base import Context
+from mc_opt.passes._factored import factor_names
 from mc_opt.passes._factorise import factorise
 from mc_opt.passes._plan import Asked
 from mc_opt.passes._plan_form import STRUCTURES
+from mc_opt.passes._trainable import TrainablePass
 
 
 @dataclass(frozen=True)
-class SeKron(Pass):
+class SeKron(TrainablePass):
     """Replace Conv, Gemm, MatMul and embedding weights by Kronecker factors, W ≈ Σ_r A_r ⊗ B_r ⊗ ..
 
     ratio: at most that share of a layer's parameters. error: in its place, the fewest parameters with that relative
@@ -44,9 +46,17 @@ class SeKron(Pass):
     def __post_init__(self) -> None:
         check_size(self.ratio, self.error, self.flops, self.ranks)
 
-    def run(self, model: onnx_ir.Model, ctx: Context) -> int:
+    def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Replace every weight that gains; each consumer becomes a SeKronConv, a KronLinear or two small products."""
         return factorise(self, model, ctx, self._asked)
+
+    def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
+        """Nothing: factors are stored as they are trained."""
+        return 0
+
+    def parameters(self, model: onnx_ir.Model) -> tuple[str, ...]:
+        """The factors."""
+        return factor_names(model)
 
     def _asked(self, layer: str) -> Asked:
         own = self.at(layer)

@@ -70,6 +70,7 @@ def compress(
     seed: int = 0,
     memory_limit: int = passes.MEMORY_LIMIT,
     allow_scripts: bool = False,
+    training: passes.Training | None = None,
 ) -> tuple[onnx_ir.Model, Report]:
     """Run passes over a model; the model that is given stays as it is.
 
@@ -84,6 +85,7 @@ def compress(
         seed: of every random choice.
         memory_limit: bytes above which checks that load all weights are skipped.
         allow_scripts: whether a pass may run a Python file that the recipe names.
+        training: data, loss and length of training for passes that are trained; without it they are converted at once.
 
     Returns:
         The new model and the report.
@@ -104,6 +106,7 @@ def compress(
         seed=seed,
         memory_limit=memory_limit,
         allow_scripts=allow_scripts,
+        training=training,
     )
     outcome = compile_model(request)
     return outcome.model, outcome.report

@@ -44,6 +44,7 @@ class Request:
         allow_scripts: whether passes may run Python files.
         stop_after: the last pass to run.
         dump: whether to write the model as text after each pass, into `ir/` of the output folder.
+        training: how trainable passes are trained; None converts them at once.
         dry_run: only find out which layers match and what they would take; nothing is written.
     """
 
@@ -61,6 +62,7 @@ class Request:
     allow_scripts: bool = False
     stop_after: str | None = None
     dump: bool = False
+    training: passes.Training | None = None
     dry_run: bool = False
 
 
@@ -179,6 +181,7 @@ def _compress(request: Request, reference: onnx_ir.Model, stages: _Stages, store
         allow_scripts=request.allow_scripts,
         check="structure" if request.dry_run else request.check,
         store=store,
+        training=None if request.dry_run else request.training,
         on_progress=stages.tell,
     )
     with stages.stage("passes"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir
@@ -21,6 +21,7 @@ from mc_opt.ir.run.module import Names
 from mc_opt.ir.run.standard import home, tables
 from mc_opt.ir.run.standard.control import Branches, Call
 from mc_opt.ir.run.standard.dtypes import to_torch
+from mc_opt.ir.run.standard.normal import BatchNorm
 
 _STANDARD = ("", "ai.onnx")
 
@@ -36,17 +37,24 @@ _SETTINGS = {
 }
 
 
-def interpret(model: onnx_ir.Model) -> torch.fx.GraphModule:
+def interpret(model: onnx_ir.Model, *, training: bool = False, taps: Sequence[str] = ()) -> torch.fx.GraphModule:
     """The model as a torch.fx graph of the same meaning.
+
+    Args:
+        model: the model.
+        training: make each BatchNormalization a module that takes the statistics of the batch in training mode, and
+            keeps its own, which are buffers then, as running means.
+        taps: names of values of the main graph that forward returns after the outputs.
 
     Each initialiser is stored once: as a Parameter when it is floating point and feeds an ordinary op or a training
     form, as a buffer when it is whole numbers, a setting (a bound of Clip, an exponent), or feeds only stored forms
     such as Lookup. Every fx node that stands for a value has that value's name as `node.meta["onnx"]`.
 
     Raises:
-        IRError: for an op without a torch meaning; the text names the node and the file where it would live.
+        IRError: for an op without a torch meaning; the text names the node and the file where it would live. For a
+            tap that the model has not.
     """
-    builder = _Builder(model)
+    builder = _Builder(model, training=training)
     graph = torch.fx.Graph()
     scope = _Scope(builder, graph, builder.root)
     inputs: dict[str, str] = {}
@@ -58,17 +66,26 @@ def interpret(model: onnx_ir.Model) -> torch.fx.GraphModule:
         inputs[value.name] = _identifier(value.name, taken)
         scope.define(value, graph.placeholder(inputs[value.name]))
     scope.emit(model.graph)
-    graph.output(tuple(scope.get(value) for value in model.graph.outputs))
+    graph.output((*(scope.get(value) for value in model.graph.outputs), *scope.taps(taps)))
     module = torch.fx.GraphModule(builder.root, graph)
-    module.meta["onnx"] = Names(inputs, builder.tensors, tuple(value.name or "" for value in model.graph.outputs))
+    outputs = tuple(value.name or "" for value in model.graph.outputs)
+    module.meta["onnx"] = Names(inputs, builder.tensors, outputs, tuple(taps))
     return module
+
+
+def learned(model: onnx_ir.Model) -> tuple[str, ...]:
+    """The initialisers that `interpret(model, training=True)` makes parameters, in the order of the model."""
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    floats = (v for v in values if v.dtype is not None and v.dtype.is_floating_point())
+    return tuple(str(v.name) for v in floats if v.is_graph_output() or any(_trains(n, i, True) for n, i in v.uses()))
 
 
 class _Builder:
     """The root module that all tensors live in, and what the scopes share."""
 
-    def __init__(self, model: onnx_ir.Model) -> None:
+    def __init__(self, model: onnx_ir.Model, *, training: bool) -> None:
         self.model = model
+        self.training = training
         self.root = torch.nn.Module()
         self.tensors: dict[str, str] = {}
         self._targets: dict[onnx_ir.Value, str] = {}
@@ -82,7 +99,7 @@ class _Builder:
             if value.const_value is None:
                 raise IRError(f"{value.name}: no node, input or initialiser makes this value; check the model")
             tensor = to_torch(value.const_value)
-            name = self._store(value.name or "constant", tensor, trained=_is_trained(value, tensor))
+            name = self._store(value.name or "constant", tensor, trained=_is_trained(value, tensor, self.training))
             self._targets[value] = name
             self.tensors[name] = value.name or ""
         return self._targets[value]
@@ -164,6 +181,14 @@ class _Scope:
         node.meta["onnx"] = self.builder.tensors.get(name, name)
         return node
 
+    def taps(self, names: Sequence[str]) -> list[torch.fx.Node]:
+        """The fx nodes of the values with these names."""
+        known = {str(v.name): node for v, node in self._known.items() if isinstance(v, onnx_ir.Value) and node}
+        for name in names:
+            if name not in known:
+                raise IRError(f"{name}: no value of the main graph has this name, a tap was expected to be one")
+        return [known[name] for name in names]
+
     def emit(self, nodes: Iterable[onnx_ir.Node]) -> None:
         """Append the meaning of each node."""
         for node in nodes:
@@ -177,6 +202,8 @@ class _Scope:
             self._branch(node, attributes)
         elif node.domain == DOMAIN:
             self._ours(node, attributes)
+        elif self.builder.training and node.domain in _STANDARD and node.op_type == "BatchNormalization":
+            self._batch_norm(node, attributes)
         elif node.op_identifier() in self.builder.model.functions:
             self._inline(self.builder.model.functions[node.op_identifier()], node, attributes)
         else:
@@ -244,6 +271,11 @@ class _Scope:
         arguments = _trimmed([self.get(value) for value in node.inputs])
         self.define(node.outputs[0], self._call_module(node, Call(override), arguments))
 
+    def _batch_norm(self, node: onnx_ir.Node, attributes: Mapping[str, onnx_ir.Attr]) -> None:
+        settings = {name: self._setting(node, attribute) for name, attribute in attributes.items()}
+        arguments = tuple(self.get(value) for value in node.inputs)
+        self._define_outputs(node, self._call_module(node, BatchNorm(**settings), arguments), is_tuple=False)
+
     def _call_module(self, node: onnx_ir.Node, module: torch.nn.Module, arguments: tuple[Any, ...]) -> torch.fx.Node:
         name = self.builder.free_name(f"{node.op_type}_{node.outputs[0].name}")
         self.root.add_module(name, module)
@@ -286,15 +318,17 @@ class _Scope:
         self._define_outputs(node, called, is_tuple=True)
 
 
-def _is_trained(value: onnx_ir.Value, tensor: torch.Tensor) -> bool:
+def _is_trained(value: onnx_ir.Value, tensor: torch.Tensor, training: bool) -> bool:
     return tensor.is_floating_point() and (
-        value.is_graph_output() or any(_trains(node, index) for node, index in value.uses())
+        value.is_graph_output() or any(_trains(node, index, training) for node, index in value.uses())
     )
 
 
-def _trains(node: onnx_ir.Node, index: int) -> bool:
+def _trains(node: onnx_ir.Node, index: int, training: bool) -> bool:
     if node.domain == DOMAIN:
         return find_op(node.op_type).learns(node, index)
+    if training and node.op_type == "BatchNormalization" and index in (3, 4):
+        return False  # running statistics follow the batches, no gradient
     return index not in _SETTINGS.get(node.op_type, ())
 
 

@@ -23,11 +23,13 @@ class Names:
         inputs: ONNX input name to the parameter of the module's forward.
         tensors: torch name of a parameter or buffer to the initialiser's ONNX name.
         outputs: ONNX output names, in the order of the tuple that forward returns.
+        taps: names of other values that forward returns after the outputs.
     """
 
     inputs: dict[str, str]
     tensors: dict[str, str]
     outputs: tuple[str, ...]
+    taps: tuple[str, ...] = ()
 
 
 def names(module: torch.fx.GraphModule) -> Names:
@@ -40,7 +42,7 @@ def names(module: torch.fx.GraphModule) -> Names:
 def run_module(
     module: torch.fx.GraphModule, inputs: Mapping[str, torch.Tensor | np.ndarray]
 ) -> dict[str, torch.Tensor]:
-    """Run an interpreted model on tensors or arrays by ONNX name; outputs by ONNX name, in the model's order.
+    """Run an interpreted model on tensors or arrays by ONNX name; outputs and taps by ONNX name, in the model's order.
 
     Raises:
         DataError: when a name is missing or unknown.
@@ -53,19 +55,20 @@ def run_module(
             problem = "missing" if name not in inputs else "unknown"
             raise DataError(f"input {name!r}: {problem}; expected {', '.join(known.inputs)}")
     feeds = {known.inputs[name]: torch.as_tensor(value) for name, value in inputs.items()}
-    return dict(zip(known.outputs, module(**feeds), strict=True))
+    return dict(zip((*known.outputs, *known.taps), module(**feeds), strict=True))
 
 
 def state_to_model(module: torch.fx.GraphModule, model: onnx_ir.Model) -> int:
-    """Write the module's parameters back into `model`'s initialisers of the same names.
+    """Write the module's floating-point tensors back into `model`'s initialisers of the same names.
 
-    Only initialisers whose numbers differ are replaced, so that untouched weights stay memory-mapped and shared.
+    These are its parameters, and buffers that training moves, as the statistics of a BatchNormalization are. Only
+    initialisers whose numbers differ are replaced, so that untouched weights stay memory-mapped and shared.
 
     Returns:
         The number of initialisers replaced.
 
     Raises:
-        IRError: when a parameter's initialiser is missing in the model or has another shape.
+        IRError: when a tensor's initialiser is missing in the model or has another shape.
     """
     import torch  # late: whoever has a module has torch loaded
 
@@ -74,14 +77,18 @@ def state_to_model(module: torch.fx.GraphModule, model: onnx_ir.Model) -> int:
     initialisers = {name: value for graph in model.graphs() for name, value in graph.initializers.items()}
     known = names(module).tensors
     count = 0
-    for torch_name, parameter in module.named_parameters():
+    for torch_name, parameter in (*module.named_parameters(), *module.named_buffers()):
+        if torch_name not in known or not parameter.is_floating_point():
+            continue
         name = known[torch_name]
         old = initialisers[name].const_value if name in initialisers else None
         if old is None:
-            raise IRError(f"{name}: the module has this parameter, the model has no such initialiser")
+            raise IRError(f"{name}: the module has this tensor, the model has no such initialiser")
         new = to_array(parameter)
         if new.shape != tuple(old.shape.numpy()):
-            raise IRError(f"{name}: the parameter has shape {new.shape}, the initialiser {tuple(old.shape.numpy())}")
+            raise IRError(
+                f"{name}: the module's tensor has shape {new.shape}, the initialiser {tuple(old.shape.numpy())}"
+            )
         if torch.equal(parameter.detach().cpu(), to_torch(old)):
             continue
         initialisers[name].const_value = onnx_ir.Tensor(new, dtype=old.dtype, name=name)

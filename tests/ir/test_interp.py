@@ -226,7 +226,7 @@ def test_weights_come_back_by_name() -> None:
     assert changed.graph.initializers["b"].const_value is kept
     np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), expected - 1)
     check(changed, x=f(2, 3))
-    with pytest.raises(ir.IRError, match="w: the module has this parameter, the model has no such initialiser"):
+    with pytest.raises(ir.IRError, match="w: the module has this tensor, the model has no such initialiser"):
         state_to_model(module, parse("g (float[2,3] x) => (float[2,3] y) { y = Relu(x) }"))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed.nn.functional as distributed_functions
 import torch.nn.functional as F
+from torch import distributed
 
 from mc_opt.ir.errors import IRError
 
@@ -36,6 +38,54 @@ def batch_normalization(
     rank = x.dim()
     factor = scale * torch.rsqrt(variance + epsilon)
     return (x - _channels(mean, rank)) * _channels(factor, rank) + _channels(bias, rank)
+
+
+class BatchNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed, so its classes are Any
+    """BatchNormalization for training: the batch's own statistics in training mode, the running ones else.
+
+    running ← momentum · running + (1 − momentum) · batch, with the unbiased variance, as torch does it. With several
+    processes the statistics are those of all of them, so that N processes train as one with the whole batch does.
+
+    Attributes:
+        frozen: whether training mode too takes the running statistics and leaves them.
+        taken: batches since `restart`; None keeps the exponential mean of normal training.
+    """
+
+    def __init__(self, *, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.momentum = momentum
+        self.frozen = False
+        self.taken: int | None = None
+
+    def restart(self) -> None:
+        """Let the running statistics become the plain mean over the batches from here on."""
+        self.taken = 0
+
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+    ) -> torch.Tensor:
+        """x: [n, c, ..], the others [c]; `mean` and `variance` are moved in training mode."""
+        single = x.numel() == x.shape[1]  # one value a channel has no variance
+        if not self.training or self.frozen or single:
+            return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=self.epsilon)
+        share = 1 - self.momentum
+        if self.taken is not None:
+            self.taken += 1
+            share = 1 / self.taken
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return F.batch_norm(x, mean, variance, scale, bias, training=True, momentum=share, eps=self.epsilon)
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = x.new_tensor([x.numel() / x.shape[1]])
+        sums = torch.cat([x.sum(axes), (x * x).sum(axes), count])
+        sums = distributed_functions.all_reduce(sums)
+        size = x.shape[1]
+        of_batch = sums[:size] / sums[-1]
+        spread = (sums[size:-1] / sums[-1] - of_batch * of_batch).clamp(min=0)
+        with torch.no_grad():
+            mean.lerp_(of_batch, share)
+            variance.lerp_(spread * (sums[-1] / (sums[-1] - 1)), share)
+        return batch_normalization(x, scale, bias, of_batch, spread, epsilon=self.epsilon)
 
 
 def _standardised(
