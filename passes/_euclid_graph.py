@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,29 +123,35 @@ def norms_after(site: ir.WeightSite) -> list[onnx_ir.Node] | None:
     return [norm for norms in each for norm in norms] if all(each) else None
 
 
-def scale(
-    site: ir.WeightSite, norms: Sequence[onnx_ir.Node], gain: float, ctx: Context, *, by: tuple[str, str]
+def enlarge(
+    site: ir.WeightSite, norms: Sequence[onnx_ir.Node], rms: float, ctx: Context, *, by: tuple[str, str]
 ) -> None:
-    """Multiply a weight and its layers' biases by a gain, and the statistics after them, so that nothing changes.
+    """Multiply a weight by the power of two that brings it nearest to a root mean square, if it is below that.
 
-    With mean' = a·mean and variance' = a²·(variance + ε) − ε the normalised values are the old ones.
+    The biases of its layers, and the statistics after them, go with it, so that nothing changes: with mean' = a·mean
+    and variance' = a²·(variance + ε) − ε the normalised values are the old ones.
     """
+    size = math.sqrt(float(np.mean(np.square(ctx.weight(site.value), dtype=np.float64))))
+    factor = 2.0 ** round(math.log2(rms / size)) if 0 < size < math.inf else 1.0
+    if factor <= 1:
+        return
     biases = [node.inputs[2] for node, _ in site.consumers if len(node.inputs) > 2 and node.inputs[2] is not None]
     statistics = [(norm.inputs[3], norm.inputs[4], _number(norm, "epsilon", 1e-5)) for norm in norms]
     touched = [site.value, *biases, *(value for mean, variance, _ in statistics for value in (mean, variance))]
     shared = [v for v in touched if v is None or not v.is_initializer() or v.is_graph_input()]
     alone = [v for v in touched[1:] if v is not None and len(v.uses()) > 1]
     if shared or alone:
-        ctx.note(site.layer, "gain left at 1: a bias or a statistic is computed, or others use it too")
+        ctx.note(site.layer, "weights keep their size: a bias or a statistic is computed, or others use it too")
         return
     ctx.did(by[1], *(v for v in touched if v is not None))
-    _multiply(site.value, gain, 0.0, ctx)
+    ctx.note(site.layer, f"weights times {factor:g}, which the BatchNormalization after it takes back")
+    _multiply(site.value, factor, 0.0, ctx)
     for bias in biases:
-        _multiply(bias, gain, 0.0, ctx)
+        _multiply(bias, factor, 0.0, ctx)
     for mean, variance, epsilon in statistics:
         assert mean is not None and variance is not None  # ONNX requires them
-        _multiply(mean, gain, 0.0, ctx)
-        _multiply(variance, gain * gain, (gain * gain - 1) * epsilon, ctx)
+        _multiply(mean, factor, 0.0, ctx)
+        _multiply(variance, factor * factor, (factor * factor - 1) * epsilon, ctx)
 
 
 def _multiply(value: onnx_ir.Value, factor: float, added: float, ctx: Context) -> None:

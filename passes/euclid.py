@@ -5,12 +5,14 @@
 λ = 0 is the trained layer. λ rises linearly over the share `warm` of the training and is 1 after it. At λ = 1 hardware
 needs a subtraction and a squarer, half a multiplier; processors run the inner product with two sums of squares.
 
-A BatchNormalization after a layer does not see a gain a on its weights, but S₁ does: S₁(x, a·w)/a = x·w − ½‖x‖²/a − c.
-A large gain keeps the layer near the product; in b bits with one scale for x and w it leaves x fewer of them.
+A BatchNormalization after a layer does not see a factor a on its weights, but S₁ does: up to a constant of each output
+S₁(x, a·w)/a = x·w − ½‖x‖²/a. So where one follows, weights start multiplied by a power of two that makes them as large
+as inputs are, about 1; larger ones keep the layer nearer to the product, and in b bits with one scale for x and w leave
+x fewer of them.
 
 Paper: Li et al., "EuclidNets: An Alternative Operation for Efficient Inference of Deep Learning Models",
 arXiv 2212.11803, SN Computer Science 2023; Oliveira Prazeres et al., ICPRAM 2022. The operation and the way from λ = 0
-to 1 are the paper's; the shape of that way, the gain and the choice of layers are ours.
+to 1 are the paper's; the shape of that way, the factor a and the choice of layers are ours.
 """
 
 from __future__ import annotations
@@ -36,21 +38,22 @@ class Euclid(TrainablePass):
     """Replace the product of inputs and weights by −½ of their squared distance, in Conv, Gemm and MatMul.
 
     warm: the share of the training over which the distance fades in; without training data it is whole at once, which
-    loses accuracy. gain: what weights are multiplied by where a BatchNormalization takes it back. skip: layer globs;
-    `first` and `last` stand for the first and last Conv, MatMul or Gemm with a constant weight.
+    loses accuracy. rms: what the weights' root mean square is brought near to, by a power of two that the
+    BatchNormalization after the layer takes back; 0 leaves them. skip: layer globs; `first` and `last` stand for the
+    first and last Conv, MatMul or Gemm with a constant weight.
     """
 
     family: ClassVar[str] = "replace"
 
     warm: float = 0.5
-    gain: float = 1.0
+    rms: float = 2.0
     skip: tuple[str, ...] = field(default=("first", "last"), kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0 <= self.warm <= 1:
             raise ValueError(f"warm={self.warm}: give a share from 0 to 1")
-        if not 0 < self.gain < float("inf"):
-            raise ValueError(f"gain={self.gain}: give a number above 0; 1 leaves the weights")
+        if not 0 <= self.rms < float("inf"):
+            raise ValueError(f"rms={self.rms}: give a number above 0, or 0 to leave the weights")
 
     def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Put training forms in the place of layers; their weights and biases stay."""
@@ -61,8 +64,8 @@ class Euclid(TrainablePass):
             norms = graphs.norms_after(site)
             if norms is None:
                 bare.append(site.layer)
-            elif self.at(site.layer).gain != 1.0:
-                graphs.scale(site, norms, self.at(site.layer).gain, ctx, by=(self.name, "gain"))
+            elif self.at(site.layer).rms:
+                graphs.enlarge(site, norms, self.at(site.layer).rms, ctx, by=(self.name, "factor"))
             strength = ir.initializer(site.graph, f"{site.name}.strength", np.array(1.0, np.float32))
             site.names.add(str(strength.name))
             for node, _ in site.consumers:

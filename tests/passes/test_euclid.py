@@ -103,9 +103,9 @@ def test_the_bias_of_a_gemm(attributes: str, bias: str, nodes: int) -> None:
 
 
 def test_no_strength_is_the_trained_model() -> None:
-    """λ = 0 is the plain layer; a BatchNormalization takes a gain back. ONNX Runtime folds that of the plain one."""
+    """λ = 0 is the plain layer; a BatchNormalization takes a factor back. ONNX Runtime folds that of the plain one."""
     x = {"x": np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)}
-    for spec in ("euclid{skip=}", "euclid{gain=8 skip=}", "euclid{gain=3 skip=}"):
+    for spec in ("euclid{rms=0 skip=}", "euclid{rms=2 skip=}", "euclid{rms=30 skip=}"):
         form = prepared(spec, NET)
         set_strength(form, 0.0)
         assert largest_difference(model(NET), form, x) <= 1e-5
@@ -113,8 +113,8 @@ def test_no_strength_is_the_trained_model() -> None:
 
 def test_all_strength_is_the_stored_form() -> None:
     x = {"x": np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)}
-    form = prepared("euclid{skip= gain=2}", NET)
-    stored, _ = apply("euclid{skip= gain=2}", model(NET))
+    form = prepared("euclid{skip= rms=8}", NET)
+    stored, _ = apply("euclid{skip= rms=8}", model(NET))
     assert largest_difference(form, stored, x) == 0.0
     assert not [name for name in stored.graph.initializers if "strength" in name]
 
