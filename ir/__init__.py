@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
     from mc_opt.ir.io.weightless import weightless
     from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
+    from mc_opt.ir.ops._euclid_integer import MOST_TERMS, accumulator_bits
     from mc_opt.ir.ops._kron import (
         Chain,
         Stage,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
     from mc_opt.ir.run.standard.dtypes import from_array, to_array, torch_type
-    from mc_opt.ir.run.values import value_drift
+    from mc_opt.ir.run.values import largest_values, value_drift
     from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, names_of, weight_sites
     from mc_opt.ir.storage import LayerChange, Storage, Stored, storage_of
     from mc_opt.ir.text import digest, nodes_text, to_text, type_text
@@ -130,6 +131,8 @@ _EXPORTS = {
     "find_op": "op",
     "node": "op",
     "op_names": "op",
+    "MOST_TERMS": "ops._euclid_integer",
+    "accumulator_bits": "ops._euclid_integer",
     "Chain": "ops._kron",
     "Stage": "ops._kron",
     "dense_work": "ops._kron",
@@ -186,6 +189,7 @@ _EXPORTS = {
     "from_array": "run.standard.dtypes",
     "to_array": "run.standard.dtypes",
     "torch_type": "run.standard.dtypes",
+    "largest_values": "run.values",
     "value_drift": "run.values",
     "LayerChange": "storage",
     "Storage": "storage",

@@ -15,7 +15,7 @@ from mc_opt.passes._factor_sites import Window, conv_window
 from mc_opt.passes._factored import FACTOR_OF, is_chain
 
 _FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
-_OURS = ("EuclidConv", "EuclidLinear", "FakeEuclidConv", "FakeEuclidLinear")
+_STORED = {"FakeEuclidConv": "EuclidConv", "FakeEuclidLinear": "EuclidLinear"}
 
 
 def operand(node: onnx_ir.Node, name: str) -> onnx_ir.Value:
@@ -34,7 +34,7 @@ def unfit(site: ir.WeightSite) -> ir.Skip | None:
     """Why the layers that use a weight cannot become Euclid layers; None if they can."""
     if FACTOR_OF in site.value.metadata_props or any(is_chain(node) for node, _ in site.consumers):
         return ir.Skip("factored: a product of factors is no sum over inputs that a distance could replace")
-    if any(node.domain == "mc_opt" and node.op_type in _OURS for node, _ in site.consumers):
+    if any(node.domain == "mc_opt" and node.op_type in (*_STORED, *_STORED.values()) for node, _ in site.consumers):
         return ir.Skip("a Euclid layer already")
     if site.tensor.dtype not in _FLOATS:
         return ir.Skip(f"its type is {site.tensor.dtype.name}")
@@ -107,6 +107,17 @@ def _standard(op_type: str, inputs: Sequence[onnx_ir.Value], like: onnx_ir.Value
     node = onnx_ir.Node("", op_type, inputs, num_outputs=1)
     node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
     return node
+
+
+def store(form: onnx_ir.Node, *, by: tuple[str, str], names: set[str]) -> onnx_ir.Node:
+    """Put the stored form in the place of a training form, and take its strength out of the graph."""
+    op, strength = ir.find_op(form.op_type), operand(form, "strength")
+    values = [operand(form, "x"), operand(form, "w"), op.input(form, "bias")]
+    stored = ir.node(_STORED[form.op_type], values, {k: whole(a) for k, a in form.attributes.items()})
+    ir.replace_node(form, [stored], by=by, names=names)
+    if not strength.uses() and strength.graph is not None:
+        strength.graph.initializers.pop(str(strength.name))
+    return stored
 
 
 def norms_of(value: onnx_ir.Value) -> list[onnx_ir.Node]:

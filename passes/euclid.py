@@ -26,11 +26,12 @@ import onnx_ir
 
 from mc_opt import ir
 from mc_opt.passes import _euclid_graph as graphs
+from mc_opt.passes import _euclid_integer as integers
 from mc_opt.passes._base import Context
 from mc_opt.passes._ends import ends, skipped_end
 from mc_opt.passes._trainable import TrainablePass, forms
 
-_STORED = {"FakeEuclidConv": "EuclidConv", "FakeEuclidLinear": "EuclidLinear"}
+_RULE = "squared distance"
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class Euclid(TrainablePass):
 
     warm: the share of the training over which the distance fades in; without training data it is whole at once, which
     loses accuracy. rms: what the weights' root mean square is brought near to, by a power of two that the
-    BatchNormalization after the layer takes back; 0 leaves them. skip: layer globs; `first` and `last` stand for the
-    first and last Conv, MatMul or Gemm with a constant weight.
+    BatchNormalization after the layer takes back; 0 leaves them. bits: 8 stores weights in 8 bits and computes in
+    integers, with one scale for inputs and weights that data shows; 0 keeps floats. skip: layer globs; `first` and
+    `last` stand for the first and last Conv, MatMul or Gemm with a constant weight.
     """
 
     family: ClassVar[str] = "replace"
 
     warm: float = 0.5
     rms: float = 2.0
+    bits: int = 0
     skip: tuple[str, ...] = field(default=("first", "last"), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class Euclid(TrainablePass):
             raise ValueError(f"warm={self.warm}: give a share from 0 to 1")
         if not 0 <= self.rms < float("inf"):
             raise ValueError(f"rms={self.rms}: give a number above 0, or 0 to leave the weights")
+        if self.bits not in (0, 8):
+            raise ValueError(f"bits={self.bits}: choose one of 0, 8")
 
     def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Put training forms in the place of layers; their weights and biases stay."""
@@ -69,7 +74,7 @@ class Euclid(TrainablePass):
             strength = ir.initializer(site.graph, f"{site.name}.strength", np.array(1.0, np.float32))
             site.names.add(str(strength.name))
             for node, _ in site.consumers:
-                graphs.put_form(node, site, strength, by=(self.name, "squared distance"))
+                graphs.put_form(node, site, strength, by=(self.name, _RULE))
         if bare:
             ctx.warn(
                 f"euclid: no BatchNormalization directly after {', '.join(bare)}: nothing brings the large negative "
@@ -79,11 +84,14 @@ class Euclid(TrainablePass):
 
     def _taken(self, model: onnx_ir.Model, ctx: Context) -> list[ir.WeightSite]:
         at_ends, taken = ends(model), []
+        data = integers.calibration(model, ctx)
         for found in ir.weight_sites(model):
             layer, site = (found.layer, found) if isinstance(found, ir.WeightSite) else found
             reason = self.declines(layer) or skipped_end(self.skip, layer, site, at_ends)
             if reason is None:
                 reason = site if isinstance(site, ir.Skip) else graphs.unfit(site)
+            if reason is None and isinstance(site, ir.WeightSite) and self.at(layer).bits:
+                reason = integers.unfit(site, model, data)
             if reason is not None:
                 ctx.skip(layer, reason)
             elif isinstance(site, ir.WeightSite):
@@ -118,23 +126,16 @@ class Euclid(TrainablePass):
         return found
 
     def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
-        """Put the stored forms, which are the training forms at λ = 1."""
+        """Put the stored forms, which are the training forms at λ = 1, and then those of integers."""
         found = list(forms(model, self.name))
         names = ir.names_of(model.graph)
+        narrow = []
         for node in found:
-            strength = graphs.operand(node, "strength")
-            stored = _STORED[node.op_type]
-            values = [
-                graphs.operand(node, "x"),
-                graphs.operand(node, "w"),
-                ir.find_op(node.op_type).input(node, "bias"),
-            ]
-            ir.replace_node(
-                node,
-                [ir.node(stored, values, {k: graphs.whole(a) for k, a in node.attributes.items()})],
-                by=(self.name, "squared distance"),
-                names=names,
-            )
-            if not strength.uses() and strength.graph is not None:
-                strength.graph.initializers.pop(str(strength.name))
+            stored = graphs.store(node, by=(self.name, _RULE), names=names)
+            if self.at(ir.layer_of(graphs.operand(stored, "w"))).bits:
+                narrow.append(stored)
+        if narrow:
+            data = integers.calibration(model, ctx)
+            assert data is not None  # `prepare` declines layers without
+            integers.quantise(model, narrow, data, ctx, by=(self.name, "squared distance of integers"))
         return len(found)

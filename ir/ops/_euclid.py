@@ -69,10 +69,11 @@ class Writer:
 
 def conv_variant(op: Op, node: onnx_ir.Node) -> str:
     """Dense, grouped or one channel a group; bias; half precision."""
-    return f"{_sharing(node)}{'.b' if bias_of(op, node) is not None else ''}{'.h' if _is_narrow(node) else ''}"
+    return f"{sharing(node)}{'.b' if bias_of(op, node) is not None else ''}{'.h' if _is_narrow(node) else ''}"
 
 
-def _sharing(node: onnx_ir.Node) -> str:
+def sharing(node: onnx_ir.Node) -> str:
+    """Who shares a map of squares: all outputs (dense), those of a group, or those of one channel (each)."""
     if node.attributes["group"].as_int() == 1:
         return "dense"
     return "each" if static_shape(node, node.inputs[1])[1] == 1 else "group"
@@ -80,28 +81,33 @@ def _sharing(node: onnx_ir.Node) -> str:
 
 def conv_body(body: Body, op: Op, node: onnx_ir.Node) -> onnx_ir.Value:
     """Conv with −½‖w‖² in the bias, plus −½ of the window's sum of squares: a convolution of one channel a group."""
-    write, sharing = Writer(body, op, node), _sharing(node)
+    write, shared = Writer(body, op, node), sharing(node)
     x, w = write.x, write.w
-    window: dict[str, Any] = {n: onnx_ir.RefAttr(n, n, onnx_ir.AttributeType.INTS) for n in _LISTS}
-    group = onnx_ir.RefAttr("group", "group", onnx_ir.AttributeType.INT)
+    window, group = window_attributes()
     norm = body.ReduceSumSquare(body.Reshape(w, body.constant([0, -1])), body.constant([1]), keepdims=0)
     y = body.Conv(x, w, write.shift(norm), group=group, **window)
 
     kernel = body.emit("Shape", [w], {"start": 2})[0]
     half = onnx_ir.tensor(np.array([-0.5], np.float32))
-    if sharing == "dense":
+    if shared == "dense":
         squares = body.ReduceSumSquare(x, body.constant([1]), keepdims=1)
         ones = body.ConstantOfShape(body.Concat(body.constant([1, 1]), kernel, axis=0), value=half)
         box = body.Conv(squares, ones, **window)
     else:
-        squares = body.Mul(x, x) if sharing == "each" else _group_sums(body, x, w)
+        squares = body.Mul(x, x) if shared == "each" else group_sums(body, x, w)
         outputs = body.emit("Shape", [w], {"start": 0, "end": 1})[0]
         ones = body.ConstantOfShape(body.Concat(outputs, body.constant([1]), kernel, axis=0), value=half)
         box = body.Conv(squares, ones, group=group, **window)
     return write.result(body.Add(y, write.weighed(box)))
 
 
-def _group_sums(body: Body, x: onnx_ir.Value, w: onnx_ir.Value) -> onnx_ir.Value:
+def window_attributes() -> tuple[dict[str, Any], onnx_ir.Attr]:
+    """References to a node's strides, dilations and pads, and to its group."""
+    lists = {n: onnx_ir.RefAttr(n, n, onnx_ir.AttributeType.INTS) for n in _LISTS}
+    return lists, onnx_ir.RefAttr("group", "group", onnx_ir.AttributeType.INT)
+
+
+def group_sums(body: Body, x: onnx_ir.Value, w: onnx_ir.Value) -> onnx_ir.Value:
     """x: [n, g·c, *size] -> Σ_c x²: [n, g, *size]."""
     group = body.Reshape(body.scalar("group"), body.constant([1]))
     channels = body.emit("Shape", [w], {"start": 1, "end": 2})[0]

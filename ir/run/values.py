@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir
 
 from mc_opt.ir.errors import DataError
-from mc_opt.ir.io.data import Data
+from mc_opt.ir.io.data import Data, Sample
 from mc_opt.ir.run.drift import DriftMeter, OutputDrift
 from mc_opt.ir.run.ort import Session, run_data
 from mc_opt.ir.sites import FLOATS
@@ -34,6 +34,34 @@ def value_drift(
         wanted = names[start : start + _AT_ONCE]
         found |= {drift.name: drift for drift in _measured(a, b, data, wanted, states=states)}
     return tuple(found[name] for name in names if name in found)
+
+
+def largest_values(model: onnx_ir.Model, data: Iterable[Sample], names: Collection[str]) -> dict[str, float]:
+    """max |v| over samples of values that the main graph takes or computes, by name.
+
+    Raises:
+        DataError: when the data does not fit, or is empty.
+    """
+    given = {str(v.name) for v in model.graph.inputs}
+    session = _Told(model, [name for name in dict.fromkeys(names) if name not in given])
+    found = dict.fromkeys(names, 0.0)
+    inputs: dict[str, np.ndarray] = {}
+    count = 0
+    states = getattr(data, "states", {})
+    for outputs in run_data(session, _seen(data, inputs), states):
+        count += 1
+        shown = inputs | outputs
+        found = {name: max(most, float(np.abs(shown[name]).max(initial=0.0))) for name, most in found.items()}
+    if not count:
+        raise DataError("data: no samples, expected at least one; give a file with a first axis of 1 or more")
+    return found
+
+
+def _seen(data: Iterable[Sample], inputs: dict[str, np.ndarray]) -> Iterator[Sample]:
+    """The samples, each one's inputs left where the caller finds them."""
+    for sample in data:
+        inputs.update(sample.inputs)
+        yield sample
 
 
 def _computed(model: onnx_ir.Model) -> dict[str, None]:

@@ -1,4 +1,4 @@
-"""Ops of quantised models, QuantizeLinear, DequantizeLinear and MatMulInteger, and a BatchNormalization that stayed."""
+"""Ops of quantised models, from QuantizeLinear to integer products, and a BatchNormalization that stayed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir
 from tvm import relax, te, tirx
 
+from mc_opt.targets._base import TargetError
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
 from mc_opt.targets._relax.shape import first
-from mc_opt.targets.kernels import _tile, gemm
+from mc_opt.targets.kernels import _tile, conv, gemm
 
 Expr = Any
 
@@ -114,6 +115,33 @@ def _matmul_integer(e: Emitter, node: onnx_ir.Node) -> None:
     e.set(node.outputs[0], e.reshape(y, (*lead, *rows, *(full[-1:] if len(shape_b) > 1 else ()))))
 
 
+def _conv_integer(e: Emitter, node: onnx_ir.Node) -> None:
+    """y = Σ (x − zero) · (w − zero of the output) in int32, by the tile of the float convolution."""
+    x, weight, *zeros = node.inputs
+    assert x is not None and weight is not None
+    points = [None if v is None else e.constant(v) for v in zeros]
+    if any(p is None and v is not None for p, v in zip(points, zeros, strict=True)):
+        raise TargetError(f"ConvInteger {node.name!r}: its zero points are computed; run fold-constants first")
+    of_x, of_w = (0 if p is None else p.astype(np.int32) for p in (*points, None, None)[:2])
+    shape = e.shape(weight)
+    array = e.constant(weight)
+    if array is None:
+        if np.any(of_w):
+            raise TargetError(f"ConvInteger {node.name!r}: its weight is computed and has a zero point; fold it")
+        packed = conv.computed_weight(e, _centred(e, weight, shape, None, is_row=False))
+    else:
+        centre = np.reshape(of_w, (-1, *[1] * (len(shape) - 1)))
+        fixed = conv.constant_weight(e, weight, shape, lambda a: a.astype(np.int32) - centre)
+        assert fixed is not None  # it is constant
+        packed = fixed
+    zero = tirx.const(int(np.reshape(of_x, -1)[0]), "int32")
+    held_x = e.te(lambda a: te.compute(a.shape, lambda *i: a(*i).astype("int32") - zero), e.nhwc(x), name="centred")
+    window = conv.window(e, node, shape[2:], e.shape(x)[2:])
+    groups = int(e.attribute(node, "group", 1))
+    y = conv.convolution(e, held_x, packed, None, window=window, groups=groups, name="conv_integer")
+    e.set(node.outputs[0], y, "nhwc")
+
+
 def _centred(
     e: Emitter, value: onnx_ir.Value, shape: Sequence[int], zero: onnx_ir.Value | None, *, is_row: bool
 ) -> relax.Expr:
@@ -142,6 +170,7 @@ def _aligned(x: te.Tensor, index: Sequence[Expr]) -> Expr:
 
 HANDLERS: dict[str, Handler] = {
     "BatchNormalization": _batch_norm,
+    "ConvInteger": _conv_integer,
     "DequantizeLinear": _dequantize,
     "MatMulInteger": _matmul_integer,
     "QuantizeLinear": _quantize,

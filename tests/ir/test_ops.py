@@ -17,7 +17,9 @@ from mc_opt.ir.op import Example, Op
 from mc_opt.ir.ops import (
     add_sparse,
     euclid_conv,
+    euclid_conv_integer,
     euclid_linear,
+    euclid_linear_integer,
     fake_euclid_conv,
     fake_euclid_linear,
     fake_lookup,
@@ -109,6 +111,12 @@ def expected(op: Op, example: Example) -> np.ndarray:
             return convolve_distances(op, example)
         case euclid_linear.EuclidLinear() | fake_euclid_linear.FakeEuclidLinear():
             return distances(op, example)
+        case euclid_conv_integer.EuclidConvInteger():
+            return convolve_squares(example)
+        case euclid_linear_integer.EuclidLinearInteger():
+            x, w = (a.astype(np.int64) for a in example.inputs)
+            squares = np.square(x[..., None, :] - (w if example.attributes["transB"] else w.T))
+            return -squares.sum(-1).astype(np.int32)
         case kron_linear.KronLinear():
             x, bias, *factors = example.inputs
             w = ir.kron_weight(factors, factors[0].ndim - 2).astype(float)
@@ -133,6 +141,18 @@ def convolve_distances(op: Op, example: Example) -> np.ndarray:
         return ((1 - share) * patch[:, None] * w - share / 2 * (patch[:, None] - w) ** 2).sum(2)
 
     return sum_windows(example, named["x"], named["w"].astype(float), named.get("bias"), term)
+
+
+def convolve_squares(example: Example) -> np.ndarray:
+    """−Σ (x − w)², each square from a table of |x − w|."""
+    table = np.arange(256) ** 2
+
+    def term(block: np.ndarray, patch: np.ndarray) -> np.ndarray:
+        w = block.reshape(1, *block.shape, *[1] * (patch.ndim - 2))
+        return -table[np.abs(patch[:, None] - w).astype(int)].sum(2)
+
+    x, w = example.inputs
+    return sum_windows(example, x.astype(np.int32), w.astype(float), None, term)
 
 
 def distances(op: Op, example: Example) -> np.ndarray:
@@ -213,6 +233,8 @@ def tolerance(op: Op, dtype: np.dtype) -> float:
         return 2e-6 if dtype == np.float32 else 4e-3
     if op.name == "FakeSwishSign":
         return 2e-6  # tanh is approximated differently, and 1 − tanh² is multiplied by up to 10
+    if "Integer" in op.name:
+        return 0.0
     if "Euclid" in op.name:
         # Three sums of some ten products, which cancel; half precision is rounded once, at the end.
         return 2e-6 if dtype == np.float32 else 1e-3
@@ -305,7 +327,9 @@ def test_files_are_named_after_their_ops() -> None:
     assert ir.op_names() == (
         "AddSparse",
         "EuclidConv",
+        "EuclidConvInteger",
         "EuclidLinear",
+        "EuclidLinearInteger",
         "FakeEuclidConv",
         "FakeEuclidLinear",
         "FakeLookup",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir
 import pytest
 
+import mc_opt
 from mc_opt import ir, passes
-from tests._harness import apply, check, largest_difference, model, skipped
+from tests._harness import apply, check, largest_difference, lines, model, same_in_torch, skipped
 
 NET = """
     g (float[N,4,6,6] x) => (float[N,3] y)
@@ -145,3 +148,52 @@ def test_weights_can_be_quantised_after_it() -> None:
 def test_ends_are_found_among_distances() -> None:
     result = passes.run(model(NET), passes.Pipeline.parse("euclid{skip=},denseshift"), passes.Context())
     assert {"a_w", "f_w"} <= set(result.report.passes[1].skips)
+
+
+def samples(count: int = 8) -> ir.Data:
+    rng = np.random.default_rng(0)
+    held = [ir.Sample({"x": rng.standard_normal((2, 4, 6, 6)).astype(np.float32)}) for _ in range(count)]
+    return ir.Data(lambda: iter(held), count)
+
+
+def test_eight_bits_compute_in_integers_with_one_scale() -> None:
+    source, data = model(NET), samples()
+    result = passes.run(source, passes.Pipeline.parse("euclid{bits=8 skip=}"), passes.Context(data=data)).model
+    assert lines(ir.nodes_text(result.graph))[:6] == lines(
+        """
+        a.1 = QuantizeLinear(x, a_w.scale, a_w.zero)
+        a.2 = mc_opt.EuclidConvInteger(a.1, a_w.codes) {dilations=[1, 1], pads=[1, 1, 1, 1], strides=[1, 1]}
+        a.3 = DequantizeLinear(a.2, a_w.half)
+        a.4 = Unsqueeze(a_b, a_b.axes)
+        a = Add(a.3, a.4)
+        n = BatchNormalization(a, s, b, m, var_v)
+        """
+    )
+    same_in_torch(result)
+    floats, _ = apply("euclid{skip=}", source)
+    x = next(iter(data)).inputs
+    want, got = ir.Session(floats).run(x)["y"], ir.Session(result).run(x)["y"]
+    assert np.abs(got - want).max() <= 0.02 * np.abs(want).max()  # 8 bits of three layers
+
+
+def test_what_eight_bits_need() -> None:
+    assert "the range of its input is not known" in skipped("euclid{bits=8 skip=}", NET)["a_w"]
+    text = "g (float[1,32769] x) => (float[1,1] y) <float[32769,1] w> { y = MatMul (x, w) }"
+    source, context = model(text), passes.Context(data=ir.Data(lambda: iter(()), 0))
+    assert passes.Pipeline.parse("euclid{bits=8 skip=}").passes[0].run(source, context) == 0
+    assert "takes 32 bits, int32 has 31" in context.log.skips["w"]
+
+
+@pytest.mark.tvm
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["euclid{skip=}", "euclid{bits=8 skip=}", "euclid{skip=},denseshift{skip=}"])
+def test_the_artefact_computes_the_same(spec: str, tmp_path: Path) -> None:
+    source = model(NET.replace("[N,", "[2,"))
+    result = passes.run(source, passes.Pipeline.parse(spec), passes.Context(data=samples())).model
+    mc_opt.build(result, "x86", tmp_path / "out")
+    x = next(iter(samples())).inputs
+    want = ir.Session(result).run(x)["y"]
+    got = mc_opt.load(tmp_path / "out").run(x)["y"]
+    # A code that rounds the other way, where x/s lies between two, moves a sum by a step.
+    limit = 1e-5 if "bits" not in spec else 5e-3
+    assert np.abs(got - want).max() <= limit * np.abs(want).max()

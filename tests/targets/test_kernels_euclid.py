@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir
 import pytest
+from onnx import shape_inference
 
 from mc_opt import ir
-from tests.targets._kernels import check, normal
+from tests.targets._kernels import check, compare, feeds, machine, model, normal, running
 
 pytestmark = [pytest.mark.tvm, pytest.mark.slow, pytest.mark.ci]
 
@@ -81,3 +83,63 @@ def test_sums_of_any_number_of_channels(channels):
     sample = ir.Example("", (normal(1, channels, 7, 9), normal(8, channels, 3, 3), None), attributes)
     text, rest = _text(("EuclidConv", ""), sample=sample)
     check(text.replace("y = Relu", "y = Neg"), rest)
+
+
+INTEGER = {
+    (op, s.name): s
+    for op in ("EuclidConvInteger", "EuclidLinearInteger")
+    for s in ir.find_op(op).samples(np.random.default_rng(0))
+}
+
+
+@pytest.mark.parametrize("key", INTEGER, ids="-".join)
+def test_integers_are_exact(key):
+    """The input's codes come from a QuantizeLinear, as the pass writes it; sums above 2²⁴ lose nothing before they are
+    floats, which both sides round alike.
+    """
+    sample = INTEGER[key]
+    attributes = ", ".join(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in sample.attributes.items())
+    shape, out = sample.inputs[0].shape, ",".join(f"d{i}" for i in range(sample.inputs[0].ndim))
+    text = (
+        f"g (float[{','.join(map(str, shape))}] x) => (float[{out}] y) {{ q = QuantizeLinear(x, scale, zero) "
+        f"c = mc_opt.{key[0]}<{attributes}>(q, w) y = DequantizeLinear(c, scale) }}"
+    )
+    weights = {"scale": np.array(2.0**-5, np.float32), "zero": np.array(0, np.int8), "w": sample.inputs[1]}
+    whole = onnx_ir.from_proto(shape_inference.infer_shapes(model(text, weights)))
+    ir.add_functions(whole)  # no kernel takes these ops: their bodies run
+    proto = onnx_ir.to_proto(whole)
+    with running(proto, machine()) as (run, _):
+        compare(proto, run, feeds(proto))
+
+
+@pytest.mark.parametrize("kind", ["plain", "groups", "depthwise", "centred"])
+def test_conv_integer(kind):
+    """ConvInteger with zero points of the input and the weight."""
+    groups = {"groups": 2, "depthwise": 4}.get(kind, 1)
+    rng = np.random.default_rng(0)
+    weights = {
+        "scale": np.array(0.05, np.float32),
+        "zero": np.array(3 if kind == "centred" else 0, np.int8),
+        "w": rng.integers(-128, 128, (8, 4 // groups, 3, 3)).astype(np.int8),
+    }
+    operands = "q, w"
+    if kind == "centred":
+        operands += ", zero, point"
+        weights["point"] = np.array(-4, np.int8)
+    text = (
+        "g (float[1,4,6,7] x) => (int32[1,8,a,b] y) { q = QuantizeLinear(x, scale, zero) "
+        f"y = ConvInteger<pads=[1,1,1,1], strides=[1,2], group={groups}>({operands}) }}"
+    )
+    check(text, weights, quiet=False)
+
+
+def test_conv_integer_with_a_zero_point_of_each_output():
+    """ONNX Runtime has none: beside the same weight with its zero points subtracted."""
+    rng = np.random.default_rng(0)
+    w, point = rng.integers(-100, 100, (8, 4, 3, 3)).astype(np.int8), rng.integers(-9, 9, 8).astype(np.int8)
+    weights = {"scale": np.array(0.05, np.float32), "zero": np.array(0, np.int8), "w": w, "point": point}
+    text = "g (float[1,4,6,7] x) => (int32[1,8,a,b] y) { q = QuantizeLinear(x, scale, zero) y = ConvInteger(q, w%s) }"
+    given = model(text % ", zero, point", weights)
+    plain = model(text % "", weights | {"w": w - point.reshape(-1, 1, 1, 1)})
+    with running(given, machine()) as (run, _):
+        compare(plain, run, feeds(given))
