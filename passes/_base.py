@@ -84,6 +84,7 @@ class Context:
         store: where `keep` puts big tensors.
         training: how trainable passes are trained; None converts them at once.
         fixed: values of inputs that passes of the run make constant.
+        dry_run: passes change the model so that layers and bytes can be counted; nothing is trained.
         on_progress: told (done, total, what); for people, never needed for the result.
         log: notes and skips of the running pass; `run` gives each pass its own.
     """
@@ -99,6 +100,7 @@ class Context:
     store: Store = field(default_factory=Store)
     training: Training | None = None
     fixed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    dry_run: bool = False
     on_progress: Callable[[int, int, str], None] | None = None
     log: Log = field(default_factory=Log)
 

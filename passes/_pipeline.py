@@ -289,6 +289,7 @@ class _Run:
             source=_source(original),
             recipe=str(pipeline),
             seed=self.ctx.seed,
+            training=self.ctx.training.told() if self.ctx.training is not None else {},
             before=size_of(original),
             after=size_of(self.model),
             passes=tuple(self.passes),

@@ -127,13 +127,18 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class Report:
-    """What went in, what each pass did, what came out, and what was checked; no times, no places."""
+    """What went in, what each pass did, what came out, and what was checked; no times, no places.
+
+    Attributes:
+        training: the options of the training that differ from their defaults, as text; empty where nothing trained.
+    """
 
     schema_version: int = SCHEMA_VERSION
     mc_opt: str = ""
     source: Source = field(default_factory=Source)
     recipe: str = ""
     seed: int = 0
+    training: Mapping[str, str] = field(default_factory=dict)
     before: Size = field(default_factory=lambda: Size(0, 0, 0))
     after: Size = field(default_factory=lambda: Size(0, 0, 0))
     passes: tuple[PassReport, ...] = ()

@@ -13,8 +13,9 @@ from typing import Any, get_args
 from mc_opt import ir
 from mc_opt.passes._base import Check, Overrides, Pass
 from mc_opt.passes._find import find_pass, pass_names
+from mc_opt.passes._training import Training
 
-_TOP_LEVEL = ("check", "pass", "seed", "targets")
+_TOP_LEVEL = ("check", "pass", "seed", "targets", "train")
 
 
 class RecipeError(Exception):
@@ -103,6 +104,10 @@ class Recipe:
         check = "full"                    # or "structure"
         targets = ["onnx", "x86{cpu=x86-64-v3}"]
 
+        [train]                           # optional: how trainable passes are trained, the options of `Training`
+        data = "train.npz"
+        epochs = 5
+
         [[pass]]                          # passes run in the order of the file
         name = "denseshift"
         bits = 4
@@ -116,6 +121,7 @@ class Recipe:
     seed: int | None = None
     check: Check | None = None
     targets: tuple[str, ...] | None = None
+    training: Training | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
@@ -146,7 +152,25 @@ class Recipe:
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise where.error("'pass' is not a list of tables; write each pass as a table [[pass]]", "pass")
         steps = tuple(_step(entry, where, index) for index, entry in enumerate(entries))
-        return cls(Pipeline(steps), _seed(tables, where), _check(tables, where), _targets(tables, where))
+        return cls(
+            Pipeline(steps),
+            _seed(tables, where),
+            _check(tables, where),
+            _targets(tables, where),
+            _training(tables, where),
+        )
+
+    def __str__(self) -> str:
+        """The text of a recipe file, which `parse` reads back."""
+        given = {"seed": self.seed, "check": self.check, "targets": self.targets}
+        parts = ["".join(f"{key} = {_toml(value)}\n" for key, value in given.items() if value is not None)]
+        if self.training is not None:
+            default = Training()
+            typed = {f.name: getattr(self.training, f.name) for f in fields(Training)}
+            rows = [f"{k} = {_toml(v)}\n" for k, v in typed.items() if v != getattr(default, k)]
+            parts.append("".join(("[train]\n", *rows)))
+        parts += [step.toml() for step in self.pipeline.steps]
+        return "\n".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -156,15 +180,16 @@ class _Where:
     origin: str
     text: str
 
-    def error(self, problem: str, key: str, index: int | None = None) -> RecipeError:
-        line = self._line(key, index)
+    def error(self, problem: str, key: str, index: int | None = None, *, table: str = "[[pass]]") -> RecipeError:
+        line = self._line(key, index, table)
         return RecipeError(f"{self.origin}{f', line {line}' if line else ''}: {problem}")
 
-    def _line(self, key: str, index: int | None) -> int | None:
+    def _line(self, key: str, index: int | None, table: str) -> int | None:
+        """The line of a key; with an index, of the first in the table of that number with this header."""
         lines = self.text.splitlines()
         start = 0
         if index is not None:
-            headers = [i for i, line in enumerate(lines) if re.match(r"\s*\[\[\s*pass\s*\]\]", line)]
+            headers = [i for i, line in enumerate(lines) if "".join(line.split()).startswith(table)]
             start = headers[index] if index < len(headers) else 0
         word = re.compile(rf"""\s*(\[\[?[^\]]*)?["']?{re.escape(key)}["']?\s*[=\].]""")
         found = next((i for i in range(start, len(lines)) if word.match(lines[i])), None)
@@ -198,6 +223,19 @@ def _targets(tables: Mapping[str, Any], where: _Where) -> tuple[str, ...] | None
     return tuple(targets)
 
 
+def _training(tables: Mapping[str, Any], where: _Where) -> Training | None:
+    table = tables.get("train")
+    if table is None:
+        return None
+    if not isinstance(table, dict):
+        raise where.error("'train' is no table; write it as [train]", "train")
+    texts = _texts(table, "train", where, 0, table="[train]")
+    try:
+        return Training().with_options(texts)
+    except ir.OptionError as error:
+        raise where.error(str(error), _culprit(str(error), list(texts), "train"), 0, table="[train]") from error
+
+
 def _step(entry: Mapping[str, Any], where: _Where, index: int) -> Step:
     name = entry.get("name")
     if not isinstance(name, str):
@@ -224,24 +262,29 @@ def _step(entry: Mapping[str, Any], where: _Where, index: int) -> Step:
     return Step(rewrite, tuple(overrides))
 
 
-def _culprit(message: str, keys: Sequence[str]) -> str:
+def _culprit(message: str, keys: Sequence[str], default: str = "name") -> str:
     """The key that a message is about: the one it names first."""
     places = {key: re.search(rf"(?<!\w){re.escape(key)}(?!\w)", message) for key in keys}
     named = [(place.start(), key) for key, place in places.items() if place]
-    return min(named, default=(0, "name"))[1]
+    return min(named, default=(0, default))[1]
 
 
-def _texts(options: Mapping[str, Any], name: str, where: _Where, index: int) -> dict[str, str]:
+def _texts(
+    options: Mapping[str, Any], name: str, where: _Where, index: int, *, table: str = "[[pass]]"
+) -> dict[str, str]:
     """TOML values as the text that an option takes, so that both forms are checked by the same code."""
     texts = {}
     for key, value in options.items():
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str | int | float) for item in items):
             raise where.error(
-                f"{name}: {key} is {value!r}, expected a text, a number, true, false or a list", key, index
+                f"{name}: {key} is {value!r}, expected a text, a number, true, false or a list",
+                key,
+                index,
+                table=table,
             )
         if isinstance(value, list) and any("," in item for item in items if isinstance(item, str)):
-            raise where.error(f"{name}: {key}: an entry of a list cannot hold a comma", key, index)
+            raise where.error(f"{name}: {key}: an entry of a list cannot hold a comma", key, index, table=table)
         texts[key] = ",".join(str(item).lower() if isinstance(item, bool) else str(item) for item in items)
     return texts
 

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from mc_opt import ir
 
 Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 BatchNorm = Literal["batch", "frozen"]
+Device = Literal["auto", "cpu", "cuda"]
+
+_CHOICES = {
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "precision": Precision,
+    "batch_norm": BatchNorm,
+    "device": Device,
+}
+_WHOLE = {"epochs": 1, "batch_size": 1, "accumulate": 1, "recalibrate": 0, "patience": 0, "threads": 0}
+"""Whole numbers, and the least of each."""
+_NUMBERS = ("lr", "weight_decay", "clip", "checkpoint_every")
+"""Numbers from 0 on."""
+_PLACES = ("data", "held_out")
+_UNTOLD = ("checkpoint", "checkpoint_every")
+"""What a report leaves out: what is trained does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,50 @@ class Training:
     parameters: tuple[str, ...] = ("forms",)
     joint: bool = False
     patience: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     checkpoint: Path | None = None
     checkpoint_every: float = 60.0
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(kind))}")
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value}: expected a whole number from {least} on")
+        for name in _NUMBERS:
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 on")
+        if not _is_number(self.holdout) or not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout}: expected a share from 0 on and below 1")
+        if not _is_number(self.warmup) or not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup={self.warmup}: expected a share from 0 to 1")
+        if self.loss == "":
+            raise ValueError("loss is empty: name a term, as in output or labels")
+        if not isinstance(self.parameters, tuple) or not self.parameters:
+            raise ValueError(f"parameters={self.parameters!r}: expected a tuple of forms, all or globs of names")
+
+    def with_options(self, texts: Mapping[str, str]) -> Training:
+        """This training with options as text, as a recipe and the command line give them.
+
+        Raises:
+            OptionError: for an unknown option or a value that does not fit.
+        """
+        others = {name: text for name, text in texts.items() if name not in _PLACES}
+        read = ir.make(Training, ir.Spec("training", others))
+        given: dict[str, Any] = {**texts, **{name: getattr(read, name) for name in others}}
+        return dataclasses.replace(self, **given)
+
+    def told(self) -> dict[str, str]:
+        """The options that differ from their defaults, for a report: data by its name alone, no checkpoints."""
+        plain = dataclasses.replace(self, data=None, held_out=None)
+        texts = ir.to_spec("training", plain).options
+        places = {name: _name(getattr(self, name)) for name in _PLACES if getattr(self, name) is not None}
+        if not isinstance(self.loss, str):
+            texts["loss"] = _name(self.loss)
+        return places | {name: text for name, text in texts.items() if name not in _UNTOLD}
 
 
 @dataclass(frozen=True)
@@ -102,6 +162,7 @@ class TrainingReport:
         start: the figures before the first step (its `loss` is that of the held-out samples).
         epochs: the curve.
         best: the epoch whose parameters were kept, from 1 on; 0 keeps the start.
+        batches: of an epoch.
     """
 
     passes: tuple[str, ...]
@@ -113,3 +174,18 @@ class TrainingReport:
     start: Epoch | None = None
     epochs: tuple[Epoch, ...] = ()
     best: int = 0
+    batches: int = 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _name(given: object) -> str:
+    """What an object is called: a file by its name without folders."""
+    match given:
+        case Path():
+            return given.name
+        case str():
+            return given if ":" in given else Path(given).name
+    return str(getattr(given, "__qualname__", type(given).__name__))

@@ -73,14 +73,15 @@ class Progress:
 
     An instance is called as `progress(done, total, what)`, where `what` is a step, or `step: a part of it`. Plain
     lines start after a second, so that a run that fails at once prints its error alone; every step that begins has
-    one, a step that goes on another every five seconds.
+    one, a step that goes on another every five seconds. A part without a total is a remark, and always printed.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._terminal = sys.stderr.isatty()
         self._step = ""
-        self._started = self._step_started = self._told = clock()
+        self._started = self._told = clock()
+        self._pace = (self._started, 0, 0)  # since when, and what was done then of what total
         self._bar: Any = None
         self._task: TaskID | None = None
 
@@ -101,8 +102,11 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        step = what.partition(": ")[0]
+        step, colon, _ = what.partition(": ")
         begins, self._step = step != self._step, step
+        if colon and not total:
+            self._remark(what)
+            return
         if self._bar is not None:
             if begins or self._task is None:
                 if self._task is not None:
@@ -112,8 +116,8 @@ class Progress:
             self._bar.update(self._task, completed=done, total=total or None, description=what.replace("[", "\\["))
             return
         now = self._clock()
-        if begins:
-            self._step_started = now
+        if begins or total != self._pace[2] or done < self._pace[1]:
+            self._pace = (now, done, total)
         if now - self._started < _SILENCE or (not begins and now - self._told < _PAUSE):
             return
         self._told = now
@@ -121,7 +125,21 @@ class Progress:
 
     def _line(self, done: int, total: int, what: str, now: float) -> str:
         """A step that goes on: how far it is, and the time left at its pace so far."""
-        if not 0 < done < total:
+        since, before, _ = self._pace
+        if not before < done < total:
             return what
-        left = (now - self._step_started) * (total - done) / done
-        return f"{what} ({done} of {total}, about {left:.0f} s left)"
+        left = (now - since) * (total - done) / (done - before)
+        return f"{what} ({done} of {total}, about {_time_text(left)} left)"
+
+    def _remark(self, what: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(what, markup=False, highlight=False)
+        else:
+            click.echo(f"[{self._clock() - self._started:6.1f} s] {what}", err=True)
+
+
+def _time_text(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mc_opt import ir
+from mc_opt import ir, passes
 from mc_opt.tools import _console
 
 
@@ -26,6 +26,7 @@ def entry(name: str, kind: type) -> dict[str, Any]:
         "method": module,
         "family": getattr(kind, "family", ""),
         "exact": getattr(kind, "exact", None),
+        "trained": issubclass(kind, passes.TrainablePass),
         "options": [_option(kind, field) for field in _fields(kind)],
     }
 
@@ -88,6 +89,8 @@ def print_entry(entry: dict[str, Any]) -> None:
     """The long form of one entry, on stdout."""
     click.echo(f"{entry['name']}\n{'-' * len(entry['name'])}")
     click.echo(entry["help"])
+    if entry["trained"]:
+        click.echo("\nTrained where the run has --train.")
     if entry["method"]:
         click.echo(f"\n{entry['method']}")
     rows = [(o["name"], o["type"], "(needed)" if o["required"] else _default(o["default"])) for o in entry["options"]]

@@ -46,6 +46,12 @@ def describe(error: Exception, *, traceback: bool = False) -> Failure:
     return Failure(code, f"{before}mc-opt: {_line(error)}")
 
 
+def interruption(error: BaseException) -> str:
+    """What is said of a run that was stopped: what the interruption says itself, if anything."""
+    first = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+    return f"interrupted; {first}" if isinstance(first, KeyboardInterrupt) and str(first) else "interrupted"
+
+
 def code_of(error: BaseException) -> int:
     """The exit code of an error: its own class decides, then what it was raised from."""
     names = [c.__name__ for c in type(error).__mro__]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mc_opt.tools import _texts
+from mc_opt.tools import _texts, _train_options
 
 if TYPE_CHECKING:
     from mc_opt.ir import OptionError
@@ -56,8 +56,13 @@ model_options = _stack(
 )
 
 
-def compile_request(words: Sequence[str], options: Mapping[str, Any]) -> Request:
+def compile_request(words: Sequence[str], options: Mapping[str, Any], *, process: int = 0) -> Request:
     """What the default verb's arguments ask for; `words` are all positional ones.
+
+    Args:
+        words: the positional arguments.
+        options: the others by name.
+        process: which of several processes this is; the first writes.
 
     Raises:
         UsageError: words that do not fit together.
@@ -91,6 +96,9 @@ def compile_request(words: Sequence[str], options: Mapping[str, Any]) -> Request
         allow_scripts=options["allow_scripts"],
         stop_after=options["stop_after"],
         dump=options["dump"],
+        training=_train_options.training_of(options, recipe.training),
+        fresh=options["fresh"],
+        writes=process == 0,
         dry_run=options["dry_run"],
     )
 

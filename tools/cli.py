@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from mc_opt.tools import _failure
+from mc_opt.tools import _failure, _sections
 
 DEFAULT = "compile"
 """The verb that runs when none is named: `mc-opt model.onnx --passes ...`."""
@@ -57,10 +57,7 @@ class Verbs(click.Group):
         """The options of the default verb, then the other verbs."""
         default = self.get_command(ctx, DEFAULT)
         assert default is not None
-        options = [p for p in (*default.params, *self.get_params(ctx)) if isinstance(p, click.Option)]
-        rows = [row for option in options if (row := option.get_help_record(ctx))]
-        with formatter.section("Options"):
-            formatter.write_dl(list(dict(rows).items()))
+        _sections.write([*default.params, *self.get_params(ctx)], ctx, formatter)
         verbs = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Verbs"):
             formatter.write_dl([(name, verb.get_short_help_str(limit=200)) for name, verb in verbs if verb is not None])
@@ -85,13 +82,20 @@ def cli() -> None:
     """
 
 
+def process_number() -> int:
+    """Which of several processes this is, as `torchrun` and `accelerate launch` tell it; 0 when it is the only one."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; errors are printed on stderr."""
-    stdout = sys.stdout
+    stdout, process = sys.stdout, process_number()
     try:
-        result: Any = cli.main(args=list(arguments), prog_name="mc-opt", standalone_mode=False)
-    except (KeyboardInterrupt, click.Abort):  # click makes the second of the first
-        click.echo("mc-opt: interrupted", err=True)
+        result: Any = cli.main(args=list(arguments), prog_name="mc-opt", standalone_mode=False, obj=process)
+    except (KeyboardInterrupt, click.Abort) as error:  # click makes the second of the first
+        if not process:
+            click.echo(f"mc-opt: {_failure.interruption(error)}", err=True)
         return _failure.INTERRUPTED
     except SystemExit as error:
         if sys.stdout is not stdout:  # click's answer to a reader that closed the pipe: it shields stdout and exits
@@ -100,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
         return _failure.INPUT
     except Exception as error:
         failure = _failure.describe(error, traceback="--traceback" in arguments)
-        click.echo(failure.text, err=True)
+        click.echo(f"process {process}: {failure.text}" if process else failure.text, err=True)
         return failure.code
     return result if isinstance(result, int) else 0
 

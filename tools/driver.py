@@ -16,6 +16,7 @@ import onnx_ir
 
 from mc_opt import ir, passes, targets
 from mc_opt.passes import Context, PassError, Pipeline, Report, Store
+from mc_opt.tools._checkpoint import checkpoints
 
 MODEL = "model.onnx"
 REPORT = "report.json"
@@ -45,6 +46,8 @@ class Request:
         stop_after: the last pass to run.
         dump: whether to write the model as text after each pass, into `ir/` of the output folder.
         training: how trainable passes are trained; None converts them at once.
+        fresh: whether a training forgets the checkpoints of an interrupted one.
+        writes: whether this process writes; of several processes that train together the first does.
         dry_run: only find out which layers match and what they would take; nothing is written.
     """
 
@@ -63,6 +66,8 @@ class Request:
     stop_after: str | None = None
     dump: bool = False
     training: passes.Training | None = None
+    fresh: bool = False
+    writes: bool = True
     dry_run: bool = False
 
 
@@ -107,8 +112,23 @@ def compile_model(request: Request, progress: Progress | None = None) -> Outcome
         LimitError: memory or disk is full.
     """
     _check_targets(request.targets)
+    training = request.training
+    if training is None:
+        return _compiled(request, progress)
+    _check_trained(request.pipeline)
+    if request.dry_run:
+        return _compiled(
+            dataclasses.replace(request, training=dataclasses.replace(training, checkpoint=None)), progress
+        )
+    out = None if request.out is None else Path(request.out)
+    with checkpoints(training, out, fresh=request.fresh, writes=request.writes) as kept:
+        return _compiled(dataclasses.replace(request, training=kept), progress)
+
+
+def _compiled(request: Request, progress: Progress | None) -> Outcome:
+    """The run itself, once it is known where a training keeps its checkpoints."""
     stages = _Stages(progress)
-    if request.out is None or request.dry_run:
+    if request.out is None or request.dry_run or not request.writes:
         return _compress(*_loaded(request, stages), stages, Store(), dump=None)
     out = Path(request.out)
     with ir.staged_folder(out) as folder:
@@ -153,6 +173,16 @@ def _check_targets(chosen: tuple[targets.Target, ...]) -> None:
             raise ir.OptionError(f"target {name!r} is given twice; each goes into a folder of its name, give it once")
 
 
+def _check_trained(pipeline: Pipeline) -> None:
+    """Refuse training data that no pass would use."""
+    names = [step.name for step in pipeline.passes]
+    if any(isinstance(step, passes.TrainablePass) for step in pipeline.passes):
+        return
+    known = [name for name in passes.pass_names() if issubclass(passes.find_pass(name), passes.TrainablePass)]
+    what = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not trained" if names else "no pass is given"
+    raise ir.OptionError(f"there is training data and {what}; add one that is: {', '.join(known)}")
+
+
 def _loaded(request: Request, stages: _Stages) -> tuple[Request, onnx_ir.Model]:
     """The request with the model and the data read, and the model as it came, its shapes not fixed."""
     with stages.stage("load"):
@@ -179,9 +209,10 @@ def _compress(request: Request, reference: onnx_ir.Model, stages: _Stages, store
         seed=request.seed,
         memory_limit=request.memory_limit,
         allow_scripts=request.allow_scripts,
-        check="structure" if request.dry_run else request.check,
+        check="structure" if request.dry_run or not request.writes else request.check,
         store=store,
-        training=None if request.dry_run else request.training,
+        training=request.training,
+        dry_run=request.dry_run,
         on_progress=stages.tell,
     )
     with stages.stage("passes"):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mc_opt.tools import _console, _failure, _request
+from mc_opt.tools import _console, _failure, _request, _sections, _train_options
 
 if TYPE_CHECKING:
-    from mc_opt.passes import PassReport, Report
+    from mc_opt.passes import PassReport, Report, TrainingReport
     from mc_opt.tools.driver import Outcome
 
 
-@click.command(epilog=_failure.EXIT_CODES)
+@click.command(epilog=_failure.EXIT_CODES, cls=_sections.Command)
 @click.argument("words", metavar="MODEL", nargs=-1)
 @_request.pass_options
 @click.option("--target", metavar="LIST", help="Where it will run, as in 'onnx,x86{cpu=x86-64-v3}'; default onnx.")
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 @click.option("--dump", is_flag=True, help="Write the model as text after every pass to DIR/ir.")
 @click.option("--stop-after", metavar="PASS", help="End after this pass.")
 @click.option("--memory-limit", metavar="SIZE", help="Skip checks that need more, as in 4GiB.")
+@_train_options.train_options
 @_console.common_options
-def command(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@click.pass_obj
+def command(process: int | None, /, words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compress MODEL by passes, write it to DIR and build artefacts for targets."""
-    request = _request.compile_request(words, options)
+    request = _request.compile_request(words, options, process=process or 0)
     from mc_opt.tools import driver
 
+    if not request.writes:
+        driver.compile_model(request)
+        return
     with _console.Progress() as progress:
         outcome = driver.compile_model(request, progress)
     if as_json:
@@ -66,6 +71,9 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
     click.echo(f"\nweights {before} -> {after}, nodes {report.before.nodes} -> {report.after.nodes}")
     if (accuracy := _accuracy(report)) is not None:
         click.echo(accuracy)
+    for p in report.passes:
+        if p.training is not None:
+            click.echo(_planned(p.training) if dry_run else _trained(p.training))
     for target in report.targets:
         click.echo(f"target {target.resolved}")
         for line in target.fallbacks:
@@ -94,6 +102,30 @@ def _accuracy(report: Report) -> str | None:
         return None
     before, after = (f"{drift[key]:.2%}" for key in ("accuracy_reference", "accuracy_other"))
     return f"accuracy {before} -> {after} on {drift['samples']} labelled samples"
+
+
+def _trained(training: TrainingReport) -> str:
+    """One line of what a training did, from its first epoch to the one that was kept."""
+    ends = training.epochs[:: max(len(training.epochs) - 1, 1)]
+    losses = " -> ".join(f"{epoch.loss:.4g}" for epoch in ends)
+    parts = [f"{len(training.epochs)} epochs", f"{training.samples} samples", f"loss {losses}"]
+    kept = training.epochs[training.best - 1] if training.best else training.start
+    figures = [epoch.metric for epoch in (training.start, kept) if epoch is not None and epoch.metric is not None]
+    if figures:
+        figure = " -> ".join(f"{value:.4g}" for value in figures)
+        parts.append(f"{training.metric} on {training.held_out} held-out {figure}")
+    if training.best < len(training.epochs):
+        parts[-1] += f" (epoch {training.best} was best)" if training.best else " (the start was best)"
+    return f"trained {'+'.join(training.passes)}: {', '.join(parts)}"
+
+
+def _planned(training: TrainingReport) -> str:
+    """One line of what a training would do."""
+    held_out = f" and {training.held_out} held out" if training.held_out else ""
+    return (
+        f"would train {'+'.join(training.passes)}: {training.parameters} parameters, {training.samples} samples"
+        f"{held_out}, {training.batches} batches an epoch, {training.steps} steps"
+    )
 
 
 def _bytes(report: PassReport, when: str) -> str:

@@ -18,10 +18,11 @@ from mc_opt import targets
 from mc_opt.tools import _console
 
 CORE = "core"
-EXTRAS = ("torch", "tvm", "cuda")
+EXTRAS = ("torch", "train", "tvm", "cuda")
 PURPOSE = {
     CORE: "ONNX in, passes, ONNX out",
-    "torch": "capture of PyTorch models, training, the interpreter",
+    "torch": "capture of PyTorch models, the interpreter",
+    "train": "training what passes made",
     "tvm": "artefacts for x86, ARM and CUDA",
     "cuda": "compiling CUDA kernels without nvcc, and running them on a GPU",
 }

@@ -22,7 +22,13 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
         entries,
         long=bool(names),
         as_json=as_json,
-        columns=("pass", "family", "exact", "what it does"),
-        row=lambda e: (e["name"], e["family"], "yes" if e["exact"] else "no", e["summary"]),
-        hint="Options of one: mc-opt passes NAME. In a list: --passes 'a,b{option=value other=value}'",
+        columns=("pass", "family", "exact", "trained", "what it does"),
+        row=lambda e: (
+            e["name"],
+            e["family"],
+            *("yes" if e[key] else "no" for key in ("exact", "trained")),
+            e["summary"],
+        ),
+        hint="What is trained is so where --train PATH gives samples.\n"
+        "Options of one: mc-opt passes NAME. In a list: --passes 'a,b{option=value other=value}'",
     )
