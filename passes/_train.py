@@ -8,11 +8,8 @@ the settings of forms from the step, and a checkpoint holds all else.
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 
 import accelerate
 import onnx_ir
@@ -21,6 +18,7 @@ import torch
 from mc_opt import ir
 from mc_opt.passes._base import Context, PassError
 from mc_opt.passes._train_data import Batch, Source, open_source, split
+from mc_opt.passes._train_interrupt import interruptible
 from mc_opt.passes._train_loss import Figure, Loss
 from mc_opt.passes._train_model import Student, is_batchable, run, teacher_of
 from mc_opt.passes._train_optimizer import optimizer_of, rate
@@ -38,6 +36,8 @@ _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 def fit(model: onnx_ir.Model, steps: Sequence[TrainablePass], ctx: Context) -> None:
     """Train the forms that `steps` prepared in `model`; their numbers change in place, `ctx.log` gets the curve.
 
+    A dry run holds data, model and options to each other, and logs how much there is to train on.
+
     Raises:
         DataError: the data does not fit the model or the loss.
         OptionError: an option of the training is wrong.
@@ -50,7 +50,11 @@ def fit(model: onnx_ir.Model, steps: Sequence[TrainablePass], ctx: Context) -> N
     if ctx.training.threads:
         torch.set_num_threads(ctx.training.threads)
     try:
-        _Fit(model, steps, ctx, ctx.training).run()
+        fitting = _Fit(model, steps, ctx, ctx.training)
+        if ctx.dry_run:
+            ctx.log.training = fitting.report(fitting.total)
+        else:
+            fitting.run()
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(text in str(error).lower() for text in _NO_MEMORY):
             raise
@@ -129,7 +133,7 @@ class _Fit:
         if place.start is None:
             place.start = self._judged(loss=None, terms={})
             self._keep_best()
-        with _interruptible() as interrupted:
+        with interruptible() as interrupted:
             saved = time.monotonic()
             while not place.finished:
                 for parts in self._batches(place.epoch, skip=place.batch):
@@ -305,8 +309,12 @@ class _Fit:
         if self.checkpoint is None:
             return
         loaded = self.checkpoint.load(self.optimizer)
+        self.processes.wait_for_everyone()  # the file goes when the first process has ended
         if loaded is None:
             return
+        place = loaded.position
+        where = f"goes on at epoch {place.epoch + 1}, step {place.step}"
+        self.ctx.progress(0, 0, "was trained by the interrupted run" if place.finished else where)
         self.position, self.best = loaded.position, loaded.best
         self.student.load(loaded.state)
         if loaded.scaler:
@@ -323,16 +331,22 @@ class _Fit:
         self.student.set_progress(1.0)
         self._recalibrate()
         ir.state_to_model(self.student.module, self.model)
-        self.ctx.log.training = TrainingReport(
+        self.ctx.log.training = self.report(place.step)
+
+    def report(self, steps: int) -> TrainingReport:
+        """What was trained, or would be, in so many steps."""
+        place = self.position
+        return TrainingReport(
             passes=tuple(step.name for step in self.steps),
             samples=self.data.size,
             held_out=self.held_out.size if self.held_out is not None else 0,
-            steps=place.step,
+            steps=steps,
             parameters=sum(p.numel() for p in self.student.trained.values()),
             metric=self.loss.metric,
             start=place.start,
             epochs=tuple(place.epochs),
             best=place.best,
+            batches=self.per_epoch,
         )
 
     def _recalibrate(self) -> None:
@@ -353,23 +367,3 @@ class _Fit:
 def _singles(parts: Sequence[Batch]) -> Iterator[Batch]:
     for part in parts:
         yield from part.singles()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is finished before the state is saved; a second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
