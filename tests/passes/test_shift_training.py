@@ -100,7 +100,7 @@ def test_terms_of_rows_of_zeros_and_of_what_one_term_holds_start_as_they_are_sto
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_trained_form_is_stored_as_what_it_computes(spec: str, tmp_path: Path) -> None:
+def test_a_trained_form_is_stored_as_what_it_computes(spec: str) -> None:
     source = model(CNN)
     made, step = prepared(spec, source)
     assert all(name.rpartition(".")[2] != "scale" for name in step.parameters(made)), "the gain is what is learned"
@@ -116,9 +116,19 @@ def test_a_trained_form_is_stored_as_what_it_computes(spec: str, tmp_path: Path)
     same_in_torch(result)
     # Sums of 108 products in other orders; the weights are the same numbers.
     np.testing.assert_allclose(ir.Session(result).run(x)["y"], want, rtol=1e-5, atol=1e-5)
-    if "terms" not in spec:
-        mc_opt.build(result, "x86", tmp_path / "x86")
-        np.testing.assert_allclose(mc_opt.load(tmp_path / "x86").run(x)["y"], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["denseshift{bits=3 skip=}", "s3{skip=}"])
+def test_a_trained_form_is_the_same_in_an_artefact(spec: str, tmp_path: Path) -> None:
+    source = model(CNN)
+    made, step = prepared(spec, source)
+    train(made, step, source, 10)
+    x = {"x": np.random.default_rng(1).standard_normal((16, 3, 6, 6)).astype(np.float32)}
+    with torch.no_grad():
+        want = module.run_module(interp.interpret(made), x)["y"].numpy()
+    mc_opt.build(converted(made, step), "x86", tmp_path / "x86")
+    np.testing.assert_allclose(mc_opt.load(tmp_path / "x86").run(x)["y"], want, rtol=1e-5, atol=1e-5)  # order of sums
 
 
 def test_a_negative_gain_turns_the_signs() -> None:
@@ -149,3 +159,31 @@ def test_random_latents_have_the_low_variance_and_keep_the_power() -> None:
     same = arrays(prepared("denseshift{bits=3 init=random skip=}", source)[0])["b.sign"]
     other = arrays(prepared("denseshift{bits=3 init=random skip=}", source, seed=1)[0])["b.sign"]
     assert np.array_equal(same, found["b.sign"]) and not np.array_equal(other, found["b.sign"])
+
+
+CELL = """cell (float[N,5,8] s, int64[N,5] ids) => (float[N,4] y)
+<float[20,8] table, float[1,64,8] w, float[1,64,16] r, float[16,4] head, int64[1] zero = {0}> {
+    e = Gather (table, ids)
+    both = Add (e, s)
+    t = Transpose <perm: ints = [1,0,2]> (both)
+    seq, hidden, cell = LSTM <hidden_size: int = 16> (t, w, r)
+    last = Squeeze (hidden, zero)
+    h = MatMul (last, head)
+    y = Tanh (h)
+}"""
+
+
+@pytest.mark.parametrize("spec", ["denseshift{bits=2 skip=}", "s3{bits=2 skip=}"])
+def test_cells_and_tables_learn_from_the_original_by_the_engine(spec: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = {"s": rng.standard_normal((96, 5, 8)).astype(np.float32), "ids": rng.integers(0, 20, (96, 5))}
+    np.savez(tmp_path / "data.npz", **data)
+    source = model(CELL)
+    training = passes.Training(data=tmp_path / "data.npz", loss="output", epochs=20, lr=3e-3, batch_size=16)
+    pipeline = passes.Pipeline.parse(spec)
+    result = passes.run(source, pipeline, passes.Context(training=training))
+    assert [n.op_type for n in result.model.graph].count("Lookup") == 4
+    untrained = passes.run(source, pipeline, passes.Context()).model
+    want, before, after = (ir.Session(m).run(data)["y"] for m in (source, untrained, result.model))
+    assert np.square(after - want).mean() < 0.6 * np.square(before - want).mean()
+    same_in_torch(result.model)
