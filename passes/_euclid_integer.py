@@ -6,9 +6,7 @@ s = max(|x|, |w|)/127,   x ≈ s·x̂,   w ≈ s·ŵ,   −½‖x − w‖² ≈
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir
@@ -23,10 +21,19 @@ _INTEGER = {"EuclidConv": "EuclidConvInteger", "EuclidLinear": "EuclidLinearInte
 
 
 def calibration(model: onnx_ir.Model, ctx: Context) -> ir.Data | None:
-    """Samples that show the range of inputs: the run's data, or the file that it trains on."""
-    if ctx.data is not None or ctx.training is None or not isinstance(ctx.training.data, (str, Path)):
+    """Samples that show the range of inputs: the run's data, or what it trains on."""
+    if ctx.data is not None or ctx.training is None:
         return ctx.data
-    return ir.load_data(ctx.training.data, model, ctx.states)
+    from mc_opt.passes import _train_data  # torch is an extra
+
+    source = _train_data.open_source(ctx.training.data, model, states=ctx.states or None, batchable=False)
+
+    def walk() -> Iterator[ir.Sample]:
+        for parts in source.batches(batch_size=1, seed=ctx.seed, epoch=0, shuffle=False):
+            for part in parts:
+                yield ir.Sample({name: tensor.numpy() for name, tensor in part.inputs.items()})
+
+    return ir.Data(walk, source.size)
 
 
 def unfit(site: ir.WeightSite, model: onnx_ir.Model, data: ir.Data | None) -> ir.Skip | None:
@@ -100,7 +107,7 @@ class _First:
         self.data = data
         self.states = data.states
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[ir.Sample]:
         return itertools.islice(iter(self.data), _SAMPLES)
 
 

@@ -80,6 +80,11 @@ class Euclid(TrainablePass):
                 f"euclid: no BatchNormalization directly after {', '.join(bare)}: nothing brings the large negative "
                 "sums back to 0; leave such layers out with skip="
             )
+        if taken and ctx.training is not None and ctx.training.batch_norm == "frozen":
+            ctx.warn(
+                "euclid: batch_norm=frozen keeps statistics of products, which do not fit distances; train with "
+                "batch_norm=batch"
+            )
         return len(taken)
 
     def _taken(self, model: onnx_ir.Model, ctx: Context) -> list[ir.WeightSite]:
