@@ -8,7 +8,8 @@
     bnnplus    nearest level                     SS_β′, β = 5     BNN+, Darabi et al., arXiv 1812.11800
     foothill   as bnnpp                          as bnnpp         Belbahri et al., arXiv 1901.06414
 
-κ grows by equal steps, β by equal factors; the last tenth of a training is hard. These schedules are ours.
+1 − κ falls and β grows by equal factors; the last third of a training is hard. These schedules are ours: a PC or PC++
+that hardens late, or κ that grows by equal steps, leaves the weights too few steps in which they are what is stored.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from mc_opt import ir
 from mc_opt.passes import _binary
 from mc_opt.passes._base import Context
 
-SOFT = 0.9
-"""The share of a training after which forms are hard."""
-SHARPEST, SOFTEST = 15.0, 1.5  # β
+_SOFT = 0.7  # the share of a training after which forms are hard
+_FREEDOM = 0.01  # 1 − κ before that
+_SOFTEST, _SHARPEST = 1.5, 15.0  # β
+_FIXED = 5.0  # β of BNN+
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,13 @@ METHODS: Mapping[str, Method] = {
 def settings(model: onnx_ir.Model, pass_name: str, progress: float) -> dict[str, float]:
     """Name to value of the numbers that change, of those methods that the model has forms of."""
     found: dict[str, float] = {}
-    way = min(progress / SOFT, 1.0)
+    way = min(progress / _SOFT, 1.0)
+    kappa = 1 - _FREEDOM**way if way < 1 else 1.0
     for name, method in METHODS.items():
         if method.op_type == "FakeProx":
-            found[f"{pass_name}.{name}.sharpness"] = 1.0 if method.hard else way
+            found[f"{pass_name}.{name}.sharpness"] = 1.0 if method.hard else kappa
         else:
-            found[f"{pass_name}.{name}.sharpness"] = 5.0 if method.hard else SOFTEST * (SHARPEST / SOFTEST) ** way
+            found[f"{pass_name}.{name}.sharpness"] = _FIXED if method.hard else _SOFTEST * (_SHARPEST / _SOFTEST) ** way
             found[f"{pass_name}.{name}.hard"] = 1.0 if method.hard or way == 1.0 else 0.0
     return {name: value for name, value in found.items() if name in model.graph.initializers}
 

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import onnx_ir
 
 from mc_opt import ir
-from mc_opt.passes import _binary, _binary_forms, _binary_sites
+from mc_opt.passes import _binary, _binary_forms, _binary_signs, _binary_sites
 from mc_opt.passes._base import Context
 from mc_opt.passes._trainable import TrainablePass, forms
 
@@ -32,34 +32,43 @@ class Binary(TrainablePass):
     """Store weights as signs with a scale a row, w ≈ s·sign(u), in 1 bit.
 
     method: the pair of forward and backward maps while training: bc (BinaryConnect), pc (ProxConnect), pcpp
-    (ProxConnect++ with Bi-Real's derivative), bnnpp (BNN++), bnnplus (BNN+) or foothill. skip: layer globs; `first`
-    and `last` stand for the first and last Conv, MatMul or Gemm with a constant weight.
+    (ProxConnect++ with Bi-Real's derivative), bnnpp (BNN++), bnnplus (BNN+) or foothill. activations: whether the
+    inputs of Conv, MatMul and Gemm become signs too, of the value before a Relu, Clip or HardSwish, which their other
+    users keep; the zeros of a padded Conv stay zeros. skip: layer globs; `first` and `last` stand for the first and
+    last Conv, MatMul or Gemm with a constant weight.
     """
 
     family: ClassVar[str] = "quantise"
 
-    method: Literal["bc", "pc", "pcpp", "bnnpp", "bnnplus", "foothill"] = "pc"
+    method: Literal["bc", "pc", "pcpp", "bnnpp", "bnnplus", "foothill"] = "bc"
+    activations: bool = False
     skip: tuple[str, ...] = field(default=("first", "last"), kw_only=True)
 
     def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Put the training form of the layer's method in the place of every weight that is taken."""
         sites = _binary_sites.taken(self, model, ctx, bits=1)
+        _binary_signs.warn_without_batch_norm(sites, ctx)
         for done, site in enumerate(sites):
             ctx.progress(done, len(sites), site.layer)
             method = self.at(site.layer).method
             by = (self.name, f"signs, {method}")
             _binary_forms.weight_form(model, site, ctx, method=method, levels=_LEVELS, by=by)
+        chosen = [(site, self.at(site.layer)) for site in sites]
+        layers = [(site, own.method) for site, own in chosen if own.activations]
+        _binary_signs.binarise(model, layers, ctx, pass_name=self.name, levels=_LEVELS)
         return len(sites)
 
     def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
-        """Store the signs of the latents with their scales."""
+        """Store the signs of the latents with their scales, and those of activations in standard nodes."""
         found = list(forms(model, self.name))
         for node in found:
-            latent = node.inputs[0]
-            assert latent is not None
-            by = (self.name, "signs")
-            codes = _binary.level_codes(ctx.weight(latent), _LEVELS)
-            _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=by)
+            value, by = node.inputs[0], (self.name, "signs")
+            assert value is not None
+            if _binary_forms.is_weight(node):
+                codes = _binary.level_codes(ctx.weight(value), _LEVELS)
+                _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=by)
+            else:
+                _binary_forms.store_activation(model, node, levels=_LEVELS, by=by)
         ir.add_functions(model)
         return len(found)
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import onnx_ir
 
 from mc_opt import ir
-from mc_opt.passes import _binary, _binary_forms, _binary_sites
+from mc_opt.passes import _binary, _binary_forms, _binary_signs, _binary_sites
 from mc_opt.passes._base import Context
 from mc_opt.passes._trainable import TrainablePass, forms
 
@@ -31,33 +31,42 @@ class Ternary(TrainablePass):
     """Store weights as −1, 0 or 1 with a scale a row, in 2 bits.
 
     method: the pair of forward and backward maps while training: bc (BinaryConnect), pc (ProxConnect) or bnnpp
-    (BNN++). skip: layer globs; `first` and `last` stand for the first and last Conv, MatMul or Gemm with a constant
-    weight.
+    (BNN++). activations: whether the inputs of Conv, MatMul and Gemm get three levels too, of the value before a Relu,
+    Clip or HardSwish, which their other users keep. skip: layer globs; `first` and `last` stand for the first and last
+    Conv, MatMul or Gemm with a constant weight.
     """
 
     family: ClassVar[str] = "quantise"
 
-    method: Literal["bc", "pc", "bnnpp"] = "pc"
+    method: Literal["bc", "pc", "bnnpp"] = "bc"
+    activations: bool = False
     skip: tuple[str, ...] = field(default=("first", "last"), kw_only=True)
 
     def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Put the training form of the layer's method in the place of every weight that is taken."""
         sites = _binary_sites.taken(self, model, ctx, bits=2)
+        _binary_signs.warn_without_batch_norm(sites, ctx)
         for done, site in enumerate(sites):
             ctx.progress(done, len(sites), site.layer)
             method = self.at(site.layer).method
             by = (self.name, f"three levels, {method}")
             _binary_forms.weight_form(model, site, ctx, method=method, levels=_LEVELS, by=by)
+        chosen = [(site, self.at(site.layer)) for site in sites]
+        layers = [(site, own.method) for site, own in chosen if own.activations]
+        _binary_signs.binarise(model, layers, ctx, pass_name=self.name, levels=_LEVELS)
         return len(sites)
 
     def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
-        """Store the nearest level of each latent with the scales."""
+        """Store the nearest level of each latent with the scales, and those of activations in standard nodes."""
         found = list(forms(model, self.name))
         for node in found:
-            latent = node.inputs[0]
-            assert latent is not None
-            codes = _binary.level_codes(ctx.weight(latent), _LEVELS)
-            _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=(self.name, "three levels"))
+            value, by = node.inputs[0], (self.name, "three levels")
+            assert value is not None
+            if _binary_forms.is_weight(node):
+                codes = _binary.level_codes(ctx.weight(value), _LEVELS)
+                _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=by)
+            else:
+                _binary_forms.store_activation(model, node, levels=_LEVELS, by=by)
         ir.add_functions(model)
         return len(found)
 

@@ -155,7 +155,7 @@ def test_settings_only_grow_and_end_hard(method: str) -> None:
     ready, step = prepared(f"binary{{method={method}}}", model(NET))
     way = [dict(step.settings(ready, p)) for p in (0.0, 0.3, 0.6, 0.9, 1.0)]
     assert all(a[name] <= b[name] for a, b in itertools.pairwise(way) for name in a)
-    assert way[-1] == way[-2], "the last tenth is hard"
+    assert way[-1] == way[-2], "the last third is hard"
 
 
 def test_layers_may_use_other_methods() -> None:
@@ -186,10 +186,11 @@ def test_training_lowers_the_loss_and_is_what_is_stored(method: str) -> None:
 @pytest.mark.tvm
 @pytest.mark.zig
 @pytest.mark.slow
-def test_the_artefact_is_the_stored_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", ["binary", "binary{activations=true}"])
+def test_the_artefact_is_the_stored_model(tmp_path: Path, spec: str) -> None:
     source = model(NET)
     goal = ir.Session(source).run(inputs())["y"]
-    ready, step = prepared("binary", source)
+    ready, step = prepared(spec, source)
     stored = converted(trained(ready, step, inputs(), goal, steps=10)[0], step)
     mc_opt.build(stored, "x86{cpu=x86-64-v3}", tmp_path)
     y = mc_opt.load(tmp_path).run(inputs())["y"]
@@ -225,3 +226,103 @@ def test_half_precision_has_a_codebook_of_its_own() -> None:
     changed, _ = apply("binary{skip=}", model(text))
     assert changed.graph.initializers["binary.1bit.float16"].dtype == onnx_ir.DataType.FLOAT16
     ir.verify(changed)
+
+
+def test_a_sign_stands_before_the_relu_which_goes_where_nothing_else_needs_it() -> None:
+    result = check(
+        "binary{activations=true}",
+        """g (float[2,4,6,6] x) => (float[2,3,3,3] y)
+        <float[4,4,1,1] a, float[4] s, float[4] b, float[4] m, float[4] var, float[8,4,3,3] c, float[3,8,1,1] z> {
+            h = Conv (x, a)
+            n = BatchNormalization (h, s, b, m, var)
+            r = Relu (n)
+            p = MaxPool <kernel_shape: ints = [2,2], strides: ints = [2,2]> (r)
+            k = Conv <pads: ints = [1,1,1,1]> (p, c)
+            y = Conv (k, z)
+        }""",
+        """
+        h = Conv(x, a)
+        n = BatchNormalization(h, s, b, m, var)
+        c = mc_opt.Lookup(c.codes, binary.1bit, c.scale) {bits=1, shape=[8, 4, 3, 3]}
+        p.unrectified = MaxPool(n) {kernel_shape=[2, 2], strides=[2, 2]}
+        p.unrectified.signs.1 = GreaterOrEqual(p.unrectified, binary.0)
+        p.unrectified.signs = Where(p.unrectified.signs.1, binary.1, binary.-1)
+        k = Conv(p.unrectified.signs, c) {pads=[1, 1, 1, 1]}
+        y = Conv(k, z)""",
+    )
+    assert result.graph.outputs[0].name == "y"
+
+
+def test_a_relu_that_others_need_stays() -> None:
+    text = """g (float[2,8] x) => (float[2,8] y)
+    <float[8,16] first, float[16,16] a, float[16,16] b, float[16,8] last> {
+        f = MatMul (x, first)
+        r = Relu (f)
+        h = MatMul (r, a)
+        i = MatMul (r, b)
+        s = Add (h, i)
+        t = Add (s, r)
+        y = MatMul (t, last)
+    }"""
+    changed, _ = apply("binary{activations=true}", model(text))
+    ir.verify(changed)
+    by_op = [n.op_type for n in changed.graph]
+    assert by_op.count("Relu") == 1 and by_op.count("Where") == 1, "one sign for both layers"
+    where = next(n for n in changed.graph if n.op_type == "GreaterOrEqual")
+    assert where.inputs[0].name == "f"
+
+
+@pytest.mark.parametrize(
+    ("rectifier", "source"),
+    [
+        ("Relu (f)", "f"),
+        ("Clip (f, zero, six)", "f"),
+        ("Clip (f, low, six)", "r"),
+        ("HardSwish (f)", "f"),
+        ("Tanh (f)", "r"),
+    ],
+)
+def test_which_rectifiers_are_passed_by(rectifier: str, source: str) -> None:
+    text = f"""g (float[2,8] x) => (float[2,8] y)
+    <float[8,16] first, float[16,16] a, float[16,8] last, float zero = {{0}}, float six = {{6}}, float low = {{-1}}> {{
+        f = MatMul (x, first)
+        r = {rectifier}
+        h = MatMul (r, a)
+        y = MatMul (h, last)
+    }}"""
+    changed, _ = apply("binary{activations=true}", model(text))
+    compared = next(n for n in changed.graph if n.op_type == "GreaterOrEqual")
+    assert compared.inputs[0].name == source
+
+
+def test_layers_without_batch_norm_are_warned_about() -> None:
+    log = passes.Context()
+    passes.Pipeline.parse("binary").passes[0].run(model(NET), log)
+    assert log.log.warnings[0].startswith("no BatchNormalization follows 1 of 2 layers (fc):")
+    biased = """g (float[2,8] x) => (float[2,16] n)
+    <float[8,16] w, float[16] b, float[16] s, float[16] m, float[16] var> {
+        h = MatMul (x, w)
+        i = Add (b, h)
+        n = BatchNormalization (i, s, b, m, var)
+    }"""
+    log = passes.Context()
+    assert passes.Pipeline.parse("binary{skip=}").passes[0].run(model(biased), log)
+    assert not log.log.warnings
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_and_activations_train_and_are_what_is_stored(method: str) -> None:
+    source = model(NET)
+    goal = ir.Session(source).run(inputs())["y"]
+    ready, step = prepared(f"binary{{method={method} activations=true}}", source)
+    assert len(list(forms(ready, "binary"))) == 4
+    untrained = converted(ready, step)
+    end = ir.Session(at(ready, step, 1.0)).run(inputs())["y"]
+    assert np.array_equal(end, ir.Session(untrained).run(inputs())["y"]), "the same numbers, to the bit"
+    learned, losses = trained(ready, step, inputs(), goal)
+    stored = converted(learned, step)
+    after = float(((ir.Session(stored).run(inputs())["y"] - goal) ** 2).mean())
+    assert after < float(((end - goal) ** 2).mean())
+    assert after == pytest.approx(losses[-1], rel=1e-4), "what was trained is what is stored"
+    same_in_torch(stored)
