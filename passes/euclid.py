@@ -17,6 +17,7 @@ to 1 are the paper's; the shape of that way, the factor a and the choice of laye
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -89,14 +90,14 @@ class Euclid(TrainablePass):
 
     def _taken(self, model: onnx_ir.Model, ctx: Context) -> list[ir.WeightSite]:
         at_ends, taken = ends(model), []
-        data = integers.calibration(model, ctx)
+        data = functools.cache(lambda: integers.calibration(model, ctx))  # opened once, and only for bits
         for found in ir.weight_sites(model):
             layer, site = (found.layer, found) if isinstance(found, ir.WeightSite) else found
             reason = self.declines(layer) or skipped_end(self.skip, layer, site, at_ends)
             if reason is None:
                 reason = site if isinstance(site, ir.Skip) else graphs.unfit(site)
             if reason is None and isinstance(site, ir.WeightSite) and self.at(layer).bits:
-                reason = integers.unfit(site, model, data)
+                reason = integers.unfit(site, model, data())
             if reason is not None:
                 ctx.skip(layer, reason)
             elif isinstance(site, ir.WeightSite):
