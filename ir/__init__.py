@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.ops.fake_lookup import nearest_codes
     from mc_opt.ir.ops.lookup import decode
     from mc_opt.ir.ops.sekron_conv import stage_windows
+    from mc_opt.ir.ops.sparse import pack_sparse
     from mc_opt.ir.options import Spec, fields_of, make, parse_specs, to_spec, unknown
     from mc_opt.ir.patterns import Rule, apply_rules
     from mc_opt.ir.rewrite import free_name, initializer, provenance, replace_node, replace_weight
@@ -141,6 +142,7 @@ _EXPORTS = {
     "kron_weight": "ops._kron",
     "stage_positions": "ops._kron",
     "stage_windows": "ops.sekron_conv",
+    "pack_sparse": "ops.sparse",
     "Geometry": "ops._packing",
     "canonical": "ops._packing",
     "pack_codes": "ops._packing",

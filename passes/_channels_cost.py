@@ -9,7 +9,7 @@ the share m_u stays. Removing outputs of one layer and inputs of the next multip
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from mc_opt import targets
 from mc_opt.passes._channels import STAYS, Channels
 from mc_opt.passes._channels_axes import dims_of, integer
 
-Budget = Literal["params", "macs", "time"]
+Budget = Literal["count", "params", "macs", "time"]
 
 _Axes = list[tuple[onnx_ir.Value, int]]
 
@@ -60,10 +60,13 @@ def _like(kept: Any, counts: np.ndarray) -> Any:
 def cost_of(model: onnx_ir.Model, channels: Channels, budget: Budget, price: targets.Price) -> Cost:
     """The terms of one cost of a model.
 
-    Parameters are the elements of all floating-point constants. Multiply-adds are those of convolutions, products and
-    cells; open sizes count 1. Time is that of these layers by `targets.predicted_time`, as a time for each of a
-    layer's multiply-adds, which then scale; what stands between the layers is not counted.
+    The count is that of the units. Parameters are the elements of all floating-point constants. Multiply-adds are
+    those of convolutions, products and cells; open sizes count 1. Time is that of these layers by
+    `targets.predicted_time`, as a time for each of a layer's multiply-adds, which then scale; what stands between the
+    layers is not counted.
     """
+    if budget == "count":
+        return linear([(1.0, np.arange(channels.count))])
     made = _Terms(channels)
     if budget == "params":
         for graph in model.graphs():
@@ -75,6 +78,24 @@ def cost_of(model: onnx_ir.Model, channels: Channels, budget: Budget, price: tar
             for weight, axes in _products(node):
                 made.add(_nanoseconds(node, weight, price) if budget == "time" else 1.0, axes)
     return made.result()
+
+
+def linear(prices: Iterable[tuple[float, np.ndarray]], rest: float = 0.0) -> Cost:
+    """A sum over units: each price is that of every one of its units; the rest stays."""
+    found = list(prices)
+    counts = tuple((units, np.ones(len(units))) for _, units in found)
+    coefficients = np.array([rest, *(price for price, _ in found)])
+    return Cost(coefficients, ((), *((k,) for k in range(len(found)))), np.zeros(len(found)), counts)
+
+
+def work_of(node: onnx_ir.Node, budget: Literal["macs", "time"], price: targets.Price) -> float:
+    """The multiply-adds of a node, or their nanoseconds."""
+    total = 0.0
+    for weight, axes in _products(node):
+        sizes = (dims_of(value)[axis] for value, axis in axes)
+        count = math.prod(size if isinstance(size, int) else 1 for size in sizes)
+        total += count * (_nanoseconds(node, weight, price) if budget == "time" else 1.0)
+    return total
 
 
 class _Terms:

@@ -22,7 +22,7 @@ from mc_opt import ir
 from mc_opt.passes import _channels_score as score_by
 from mc_opt.passes._base import Context, Pass, PassError
 from mc_opt.passes._channels import Channels, Group, channels_of
-from mc_opt.passes._channels_cost import Cost, cost_of
+from mc_opt.passes._channels_cost import Budget, Cost, cost_of
 from mc_opt.passes._channels_cut import cut
 from mc_opt.passes._channels_plan import Scope, choose, meet
 from mc_opt.passes._factor_sites import price_of
@@ -37,8 +37,8 @@ class Prune(Pass):
     sparsity: the share that goes. structure: filter removes channels of convolutions and linear layers, node hidden
     units of LSTM, GRU and RNN. score: what a channel matters by: its weights (l1, l2), the scale of its
     BatchNormalization (bn), or its size on --data (activation). scope: layer takes the share from each group of tied
-    channels, global from all together. budget: what sparsity is a share of: channels, or params, macs or time, for
-    which as many channels go as that needs. align: groups of 16 or more channels keep a multiple of it.
+    channels, global from all together. budget: what sparsity is a share of: the count of channels, or params, macs or
+    time, for which as many channels go as that needs. align: groups of 16 or more channels keep a multiple of it.
     """
 
     family: ClassVar[str] = "prune"
@@ -48,7 +48,7 @@ class Prune(Pass):
     structure: Literal["filter", "node"] = "filter"
     score: Score = "l1"
     scope: Scope = "layer"
-    budget: Literal["channels", "params", "macs", "time"] = "channels"
+    budget: Budget = "count"
     align: int = 8
 
     def __post_init__(self) -> None:
@@ -64,7 +64,8 @@ class Prune(Pass):
         if not groups:
             return 0
         removed = self._chosen(model, channels, groups, ctx)
-        costs = {budget: cost_of(model, channels, budget, price_of(ctx)) for budget in ("params", "macs")}
+        told: tuple[Budget, ...] = ("params", "macs")
+        costs = {str(budget): cost_of(model, channels, budget, price_of(ctx)) for budget in told}
         shrunk = _tell(channels, groups, removed, costs, ctx)
         if shrunk:
             cut(model, channels, removed, ctx, rule=f"{self.structure} of least {self.score}")
@@ -93,7 +94,7 @@ class Prune(Pass):
 
             return choose(channels, groups, scores, share=of, align=self.align, scope=self.scope)
 
-        if self.budget == "channels":
+        if self.budget == "count":
             return at(None)
         cost = cost_of(model, channels, self.budget, price_of(ctx))
         removed = meet(cost, 1 - self.sparsity, channels, at)

@@ -14,7 +14,7 @@ from mc_opt.ir.op import Attribute, Body, Example, Op, Type, Work, dtype_of, sta
 from mc_opt.ir.ops._packing import pack_codes, packed_bytes, unpack_codes, unpack_fields
 
 
-def pack(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pack_sparse(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """w: any shape -> bitmap: uint8 [⌈n/8⌉], values: [nnz], both in C order."""
     flat = w.reshape(-1)
     kept = flat != 0
@@ -109,4 +109,4 @@ class Sparse(Op):
             ("half", (4, 7), 0.5, np.float16),
         ):
             w = rng.uniform(0.5, 1.5, shape) * (rng.random(shape) < share)
-            yield Example(name, pack(w.astype(dtype)), {"shape": shape})
+            yield Example(name, pack_sparse(w.astype(dtype)), {"shape": shape})

@@ -95,6 +95,8 @@ def expected(op: Op, example: Example) -> np.ndarray:
             total = w.copy().reshape(-1)
             np.add.at(total, indices, values)
             return total.reshape(w.shape)
+        case _ if op.name == "FakeMask":
+            return masked(example)
         case sparse.Sparse():
             return sparse.unpack(*example.inputs, example.attributes["shape"])
         case fake_lookup.FakeLookup():
@@ -191,6 +193,19 @@ def sum_windows(
     if bias is not None:
         y += bias.reshape(-1, *[1] * n)
     return y.astype(x.dtype)
+
+
+def masked(example: Example) -> np.ndarray:
+    x, theta, threshold, _, index = (*example.inputs, None)[:5]
+    axis, least = example.attributes["axis"], example.attributes["least"]
+    live = (theta > threshold) | (least and theta == theta.max())
+    y = x.copy()
+    for place in np.ndindex(x.shape):
+        k = place if theta.ndim > 1 else place[axis] if index is None else index[place[axis]]
+        if theta.size == 1:
+            k = 0
+        y[place] *= 1 if np.isscalar(k) and k < 0 else live[k]
+    return y
 
 
 def round_to_codebook(example: Example) -> np.ndarray:
@@ -333,6 +348,7 @@ def test_files_are_named_after_their_ops() -> None:
         "FakeEuclidConv",
         "FakeEuclidLinear",
         "FakeLookup",
+        "FakeMask",
         "FakeProx",
         "FakeShift",
         "FakeSparseShift",
@@ -395,7 +411,7 @@ def test_lookup_refuses_codes_beyond_the_codebook() -> None:
 
 
 def test_sparse_refuses_a_wrong_count() -> None:
-    bitmap, values = sparse.pack(np.array([1, 0, 2, 0], np.float32))
+    bitmap, values = sparse.pack_sparse(np.array([1, 0, 2, 0], np.float32))
     node = ir.node("Sparse", [bitmap, values[:1]], {"shape": (4,)}, output="w")
     with pytest.raises(ir.IRError, match="bitmap has 2 ones, expected 1"):
         ir.find_op("Sparse").check_data(node)
