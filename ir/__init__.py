@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mc_opt.ir.changes import Change, Detail, Diff, Rename
     from mc_opt.ir.difference import diff, own_origin
-    from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError
+    from mc_opt.ir.errors import DataError, IRError, LimitError, OptionError, UnsupportedError
     from mc_opt.ir.history import Origin, Touched, add_history, read_history
     from mc_opt.ir.io.atomic import FolderError, staged_files, staged_folder, write_bytes, write_text
     from mc_opt.ir.io.axes import batch_axes
@@ -90,6 +90,7 @@ _EXPORTS = {
     "DataError": "errors",
     "IRError": "errors",
     "LimitError": "errors",
+    "UnsupportedError": "errors",
     "OptionError": "errors",
     "FolderError": "io.atomic",
     "Origin": "history",

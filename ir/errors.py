@@ -11,6 +11,10 @@ class DataError(IRError):
     """Input data that does not fit the model: a missing name, another shape or another type."""
 
 
+class UnsupportedError(IRError):
+    """The model holds something that is right and that we cannot do: an op that torch has no meaning of."""
+
+
 class LimitError(IRError):
     """A limit of the machine was reached: memory or disk."""
 

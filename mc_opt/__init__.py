@@ -8,20 +8,51 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mc_opt.tools.api import build, capture, compress, diff, load, load_model, save_model, to_torch
+    from mc_opt.passes import Training
+    from mc_opt.tools.api import (
+        build,
+        capture,
+        compress,
+        convert,
+        diff,
+        load,
+        load_model,
+        prepare,
+        save_model,
+        to_torch,
+        weights_from_torch,
+    )
 
 _EXPORTS = {
+    "Training": "mc_opt.passes",
     "build": "mc_opt.tools.api",
     "capture": "mc_opt.tools.api",
     "compress": "mc_opt.tools.api",
+    "convert": "mc_opt.tools.api",
     "diff": "mc_opt.tools.api",
     "load": "mc_opt.tools.api",
     "load_model": "mc_opt.tools.api",
+    "prepare": "mc_opt.tools.api",
     "save_model": "mc_opt.tools.api",
     "to_torch": "mc_opt.tools.api",
+    "weights_from_torch": "mc_opt.tools.api",
 }
 
-__all__ = ["__version__", "build", "capture", "compress", "diff", "load", "load_model", "save_model", "to_torch"]
+__all__ = [
+    "Training",
+    "__version__",
+    "build",
+    "capture",
+    "compress",
+    "convert",
+    "diff",
+    "load",
+    "load_model",
+    "prepare",
+    "save_model",
+    "to_torch",
+    "weights_from_torch",
+]
 
 
 def __getattr__(name: str) -> Any:  # PEP 562: `import mc_opt` loads none of the rooms

@@ -226,13 +226,13 @@ class _Fit:
         if bool(torch.isfinite(value)):
             return
         place = self.position
-        kept = "" if self.checkpoint is None else f"; the last good state is in {self.checkpoint.path}"
-        raise PassError(
-            self.steps[0].name,
-            f"epoch {place.epoch + 1}, step {place.batch + 1}",
-            f"the loss is {float(value.detach())}; take a lower learning rate than {self.training.lr:g}, clip the "
-            f"gradient, or look for such numbers in the data{kept}",
-        )
+        raise self._diverged(f"epoch {place.epoch + 1}, step {place.batch + 1}", f"the loss is {float(value.detach())}")
+
+    def _diverged(self, where: str, what: str) -> PassError:
+        path = self.checkpoint.path if self.checkpoint is not None else None
+        kept = f"; the last good state is in {path}" if path is not None and path.exists() else ""
+        advice = f"take a lower learning rate than {self.training.lr:g}, clip the gradient, or look for such numbers in"
+        return PassError(self.steps[0].name, where, f"{what}; {advice} the data{kept}")
 
     # --- one epoch --------------------------------------------------------------------------------
 
@@ -321,6 +321,10 @@ class _Fit:
             self.scaler.load_state_dict(loaded.scaler)
 
     def _save(self) -> None:
+        """Put the state into the checkpoint, where one that holds NaN never takes the place of a good one."""
+        for name, parameter in self.student.trained.items():
+            if not bool(parameter.isfinite().all()):
+                raise self._diverged(f"step {self.position.step}", f"{name} became NaN or infinite")
         if self.checkpoint is not None and self.processes.is_main_process:
             self.checkpoint.save(self.position, self.student.state, self.best, self.optimizer, self.scaler.state_dict())
 

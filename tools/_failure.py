@@ -63,7 +63,8 @@ def code_of(error: BaseException) -> int:
     if "PassError" in names and error.__cause__ is not None:
         # A pass that ran out of memory or disk says so; one that met an error of Python has a mistake.
         inner = code_of(error.__cause__)
-        return inner if inner in (LIMIT, INTERNAL) else codes[0]
+        unsupported = type(error.__cause__).__name__ == "UnsupportedError"
+        return inner if inner in (LIMIT, INTERNAL) or unsupported else codes[0]
     return codes[0]
 
 

@@ -178,13 +178,92 @@ def load(out: str | os.PathLike[str], target: str | None = None) -> Artefact:
     return targets.load_artefact(Path(out), target)
 
 
-def to_torch(model: onnx_ir.Model) -> Any:
+def to_torch(model: onnx_ir.Model, *, training: bool = False) -> Any:
     """The model as a `torch.fx.GraphModule` of the same meaning, differentiable (needs torch).
+
+    Args:
+        model: what to translate, also as `prepare` returns it.
+        training: whether BatchNormalizations take the statistics of the batch while the module is in training mode.
 
     Raises:
         IRError: an op has no torch meaning yet; the text names the file where it would live.
     """
-    return ir.interpret(model)
+    return ir.interpret(model, training=training)
+
+
+def weights_from_torch(model: onnx_ir.Model, module: Any) -> onnx_ir.Model:
+    """A copy of `model` with the weights that `module`, which `to_torch` made of it, holds by now; matched by name.
+
+    Raises:
+        IRError: a tensor of the module has no place in the model, or another shape.
+    """
+    new = _copy(model)
+    ir.state_to_model(module, new)
+    return new
+
+
+def prepare(
+    model: onnx_ir.Model | str | os.PathLike[str],
+    recipe: str | Pipeline | Sequence[Pass],
+    *,
+    data: ir.Data | None = None,
+    seed: int = 0,
+) -> onnx_ir.Model:
+    """A copy of a model with the training forms of trainable passes, for a training loop of your own.
+
+    Args:
+        model: a model or the path of an ONNX file.
+        recipe: passes that are trained, as in `"denseshift{bits=3}"`; others run before, by `compress`.
+        data: real inputs, for passes that look at some.
+        seed: of every random choice.
+
+    Raises:
+        OptionError: an unknown pass or option, or a pass that is not trained.
+    """
+    given = model if isinstance(model, onnx_ir.Model) else load_model(model)
+    new = _copy(given)
+    ctx = passes.Context(reference=given, data=data, seed=seed, training=passes.Training())
+    for step in _trainable(recipe):
+        step.prepare(new, ctx)
+        ir.add_functions(new)
+    return new
+
+
+def convert(
+    model: onnx_ir.Model, recipe: str | Pipeline | Sequence[Pass], *, data: ir.Data | None = None
+) -> onnx_ir.Model:
+    """A copy of a model that `prepare` made, with its training forms stored as the recipe's passes store them.
+
+    Args:
+        model: with the weights that training gave (`weights_from_torch`).
+        recipe: the one that `prepare` had.
+        data: real inputs, for passes that look at some.
+
+    Raises:
+        IRError: what came out is no valid model.
+        OptionError: as for `prepare`.
+    """
+    new = _copy(model)
+    ctx = passes.Context(reference=model, data=data, training=passes.Training())
+    for step in _trainable(recipe):
+        step.convert(new, ctx)
+        ir.add_functions(new)
+    ir.verify(new)
+    return new
+
+
+def _trainable(recipe: str | Pipeline | Sequence[Pass]) -> list[passes.TrainablePass]:
+    bound = [step.bound() for step in _pipeline(recipe).steps]
+    for step in bound:
+        if not isinstance(step, passes.TrainablePass):
+            raise ir.OptionError(f"{step.name} is not trained; run it before, by compress")
+    return [step for step in bound if isinstance(step, passes.TrainablePass)]
+
+
+def _copy(model: onnx_ir.Model) -> onnx_ir.Model:
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    return copy
 
 
 def _model(model: onnx_ir.Model | str | os.PathLike[str]) -> onnx_ir.Model | Path:

@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir
 import torch
 
-from mc_opt.ir.errors import IRError
+from mc_opt.ir.errors import IRError, UnsupportedError
 from mc_opt.ir.op import DOMAIN, find_op
 from mc_opt.ir.run.module import Names
 from mc_opt.ir.run.standard import home, tables
@@ -234,7 +234,7 @@ class _Scope:
         if handler is None or node.domain not in _STANDARD:
             op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             file = home(node.domain, node.op_type)
-            raise IRError(f"{_where(node)}: {op} has no torch meaning; it would live in {file}")
+            raise UnsupportedError(f"{_where(node)}: {op} has no torch meaning; it would live in {file}")
         arguments = _trimmed([self.get(value) for value in node.inputs])
         settings = {name: self._setting(node, attribute) for name, attribute in attributes.items()}
         _check_signature(node, handler, arguments, settings)
@@ -252,7 +252,9 @@ class _Scope:
 
     def _define_outputs(self, node: onnx_ir.Node, called: torch.fx.Node, *, is_tuple: bool) -> None:
         if not is_tuple and any(value.name and value.uses() for value in node.outputs[1:]):
-            raise IRError(f"{_where(node)}: only the first output has a torch meaning; remove the use of the others")
+            raise UnsupportedError(
+                f"{_where(node)}: only the first output has a torch meaning; remove the use of the others"
+            )
         if not is_tuple:
             self.define(node.outputs[0], called)
             return
