@@ -116,7 +116,10 @@ def _matmul_integer(e: Emitter, node: onnx_ir.Node) -> None:
 
 
 def _conv_integer(e: Emitter, node: onnx_ir.Node) -> None:
-    """y = Σ (x − zero) · (w − zero of the output) in int32, by the tile of the float convolution."""
+    """y = Σ (x − zero) · (w − zero of the output) in int32, by the tile of the float convolution.
+
+    Where no sum can leave the integers that float32 holds, floats compute it: they multiply and add in one step.
+    """
     x, weight, *zeros = node.inputs
     assert x is not None and weight is not None
     points = [None if v is None else e.constant(v) for v in zeros]
@@ -125,21 +128,37 @@ def _conv_integer(e: Emitter, node: onnx_ir.Node) -> None:
     of_x, of_w = (0 if p is None else p.astype(np.int32) for p in (*points, None, None)[:2])
     shape = e.shape(weight)
     array = e.constant(weight)
+    kind = "int32"
     if array is None:
         if np.any(of_w):
             raise TargetError(f"ConvInteger {node.name!r}: its weight is computed and has a zero point; fold it")
         packed = conv.computed_weight(e, _centred(e, weight, shape, None, is_row=False))
     else:
         centre = np.reshape(of_w, (-1, *[1] * (len(shape) - 1)))
-        fixed = conv.constant_weight(e, weight, shape, lambda a: a.astype(np.int32) - centre)
+        kind = _exact_in(array.astype(np.int64) - centre, np.reshape(of_x, -1)[0], e.dtype(x))
+        fixed = conv.constant_weight(e, weight, shape, lambda a: (a.astype(np.int32) - centre).astype(kind))
         assert fixed is not None  # it is constant
         packed = fixed
     zero = tirx.const(int(np.reshape(of_x, -1)[0]), "int32")
-    held_x = e.te(lambda a: te.compute(a.shape, lambda *i: a(*i).astype("int32") - zero), e.nhwc(x), name="centred")
+
+    def centred(a: te.Tensor) -> te.Tensor:
+        return te.compute(a.shape, lambda *i: (a(*i).astype("int32") - zero).astype(kind), name="centred")
+
+    held_x = e.te(centred, e.nhwc(x), name="centred")
     window = conv.window(e, node, shape[2:], e.shape(x)[2:])
     groups = int(e.attribute(node, "group", 1))
     y = conv.convolution(e, held_x, packed, None, window=window, groups=groups, name="conv_integer")
+    if kind != "int32":
+        y = e.te(lambda a: te.compute(a.shape, lambda *i: a(*i).astype("int32"), name="cast"), y, name="cast")
     e.set(node.outputs[0], y, "nhwc")
+
+
+def _exact_in(weight: np.ndarray, zero: int, dtype: str) -> str:
+    """float32 if no sum of codes of `dtype` less `zero`, times a row of the weight, leaves ±2²⁴; else int32."""
+    limits = np.iinfo(dtype)
+    most = max(abs(int(limits.min) - int(zero)), abs(int(limits.max) - int(zero)))
+    rows = np.abs(weight.reshape(weight.shape[0], -1)).sum(1)
+    return "float32" if int(rows.max(initial=0)) * most <= 1 << 24 else "int32"
 
 
 def _centred(
