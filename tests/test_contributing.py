@@ -20,17 +20,17 @@ TEXT = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encod
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The text of the example's test; the pass stands where the room looks for passes."""
     a_pass, its_test = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    (tmp_path / "ternary.py").write_text(a_pass, encoding="utf-8")
+    (tmp_path / "three_levels.py").write_text(a_pass, encoding="utf-8")
     room = importlib.import_module("mc_opt.passes")
     monkeypatch.setattr(room, "__path__", [*room.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "mc_opt.passes.ternary", raising=False)
+    monkeypatch.delitem(sys.modules, "mc_opt.passes.three_levels", raising=False)
     return str(its_test)
 
 
 def test_the_example_and_its_test(example: str, tmp_path: Path) -> None:
-    path = tmp_path / "test_ternary.py"
+    path = tmp_path / "test_three_levels.py"
     path.write_text(example, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("test_ternary", path)
+    spec = importlib.util.spec_from_file_location("test_three_levels", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,6 +42,6 @@ def test_the_example_and_its_test(example: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("example")
 def test_the_command_line_finds_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["passes", "ternary"]) == 0
+    assert cli.run(["passes", "three-levels"]) == 0
     printed = capsys.readouterr().out
     assert "share" in printed and "0.7" in printed and "arXiv 1605.04711" in printed
