@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from mc_opt.ir.ops._packing import Geometry, canonical, pack_codes, restore, unpack_codes
     from mc_opt.ir.ops.fake_lookup import nearest_codes
+    from mc_opt.ir.ops.fake_threshold import threshold
     from mc_opt.ir.ops.lookup import decode
     from mc_opt.ir.ops.sekron_conv import stage_windows
     from mc_opt.ir.ops.sparse import pack_sparse
@@ -150,6 +151,7 @@ _EXPORTS = {
     "restore": "ops._packing",
     "unpack_codes": "ops._packing",
     "nearest_codes": "ops.fake_lookup",
+    "threshold": "ops.fake_threshold",
     "decode": "ops.lookup",
     "Spec": "options",
     "fields_of": "options",

@@ -25,6 +25,22 @@ def ternary_scale(w: np.ndarray) -> np.ndarray:
     return kept.astype(np.float32)
 
 
+def root_mean_square(w: np.ndarray) -> np.ndarray:
+    """w: [R, K] -> √(mean w²) of each row: f32 [R, 1]."""
+    power: np.ndarray = np.square(w, dtype=np.float32).mean(axis=1, keepdims=True)
+    root: np.ndarray = np.sqrt(power)
+    return root
+
+
+def kept_mean(latent: np.ndarray, bound: float) -> np.ndarray:
+    """latent: [R, K] -> the mean of |u| ≥ bound in each row: [R, 1], 1 where there is none."""
+    size = np.abs(latent)
+    kept = size >= bound
+    sums = np.where(kept, size, 0).sum(axis=1, keepdims=True, dtype=np.float32)
+    counts = kept.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, sums / np.maximum(counts, 1), 1).astype(latent.dtype)
+
+
 def latents(w: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """w: [R, K], alpha: f32 [R, 1] -> (latents [R, K], scale [R, 1], unit [R, 1]) in w's type, w ≈ latents·scale·unit.
 
@@ -43,3 +59,8 @@ def level_codes(latent: np.ndarray, levels: int) -> np.ndarray:
     for k in range(levels - 1):
         codes += latent >= -1 + gap * (k + 0.5)
     return codes
+
+
+def codes_beyond(latent: np.ndarray, bound: float) -> np.ndarray:
+    """latent: any shape -> 1 where |u| < bound, else 0 or 2 by the sign: uint8."""
+    return np.where(np.abs(latent) < bound, 1, np.where(latent >= 0, 2, 0)).astype(np.uint8)

@@ -72,14 +72,21 @@ def weight_form(
     matrix = np.asarray(ir.canonical(ctx.weight(site.value), site.axes))
     alpha = _binary.mean_scale(matrix) if levels == 2 else _binary.ternary_scale(matrix)
     latent, scale, unit = _binary.latents(matrix, alpha)
-    whole = np.ascontiguousarray(ir.restore(latent, site.shape, site.axes))
-    x = _named(ctx.keep(whole, f"{site.name}.latent"), f"{site.name}.latent")
+    x = latent_value(site, latent, ctx)
     attributes: dict[str, object] = {"levels": levels, "axes": site.axes}
     chosen = METHODS[method]
     if chosen.op_type == "FakeProx":
         attributes["transform"] = chosen.weight
     numbers = _settings(model, method, by[0])
     ir.replace_weight(site, ir.node(chosen.op_type, [x, *numbers, scale, unit], attributes), by=by)
+
+
+def latent_value(site: ir.WeightSite, latent: np.ndarray, ctx: Context) -> onnx_ir.Value:
+    """latent: [R, K] -> a value of the weight's shape, which `ir.replace_weight` registers."""
+    name = f"{site.name}.latent"
+    tensor = ctx.keep(np.ascontiguousarray(ir.restore(latent, site.shape, site.axes)), name)
+    shape = onnx_ir.Shape(site.shape)
+    return onnx_ir.Value(name=name, const_value=tensor, shape=shape, type=onnx_ir.TensorType(tensor.dtype))
 
 
 def activation_form(
@@ -124,6 +131,14 @@ def codebook(model: onnx_ir.Model, pass_name: str, levels: int, dtype: np.dtype)
 def is_weight(node: onnx_ir.Node) -> bool:
     """Whether a form is that of a weight, which alone has a scale."""
     return ir.find_op(node.op_type).input(node, "scale") is not None
+
+
+def learned(node: onnx_ir.Node) -> tuple[str, str, tuple[int, ...]]:
+    """The names of a weight's latents and scale, and its row axes."""
+    op = ir.find_op(node.op_type)
+    latent, scale = op.input(node, "x"), op.input(node, "scale")
+    assert latent is not None and scale is not None
+    return str(latent.name), str(scale.name), tuple(node.attributes["axes"].as_ints())
 
 
 def store_weight(
@@ -173,12 +188,6 @@ def drop(values: list[onnx_ir.Value]) -> None:
     for value in values:
         if value.is_initializer() and not value.uses() and not value.is_graph_output() and value.graph is not None:
             value.graph.initializers.pop(str(value.name))
-
-
-def _named(tensor: onnx_ir.TensorProtocol, name: str) -> onnx_ir.Value:
-    """A value that `replace_weight` will register under this name, or the next free one."""
-    shape = onnx_ir.Shape(tuple(tensor.shape.numpy()))
-    return onnx_ir.Value(name=name, const_value=tensor, shape=shape, type=onnx_ir.TensorType(tensor.dtype))
 
 
 def _held(value: onnx_ir.Value | None, ctx: Context) -> np.ndarray:

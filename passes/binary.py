@@ -15,16 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir
 
 from mc_opt import ir
-from mc_opt.passes import _binary, _binary_forms, _binary_signs, _binary_sites
+from mc_opt.passes import _binary, _binary_forms, _binary_signs, _binary_sites, _train_wells
 from mc_opt.passes._base import Context
 from mc_opt.passes._trainable import TrainablePass, forms
 
+if TYPE_CHECKING:
+    from mc_opt.passes._train_wells import Kind
+    from mc_opt.passes._trainable import Penalty
+
 _LEVELS = 2
+_REGULARISED = ("bnnplus", "foothill")
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,17 @@ class Binary(TrainablePass):
     method: the pair of forward and backward maps while training: bc (BinaryConnect), pc (ProxConnect), pcpp
     (ProxConnect++ with Bi-Real's derivative), bnnpp (BNN++), bnnplus (BNN+) or foothill. activations: whether the
     inputs of Conv, MatMul and Gemm become signs too, of the value before a Relu, Clip or HardSwish, which their other
-    users keep; the zeros of a padded Conv stay zeros. skip: layer globs; `first` and `last` stand for the first and
-    last Conv, MatMul or Gemm with a constant weight.
+    users keep; the zeros of a padded Conv stay zeros. regulariser: what draws weights to ±s for bnnplus, |x| (r1) or x²
+    (r2); foothill has its own. strength: how much, at the end of a training; it grows from 0. skip: layer globs;
+    `first` and `last` stand for the first and last Conv, MatMul or Gemm with a constant weight.
     """
 
     family: ClassVar[str] = "quantise"
 
     method: Literal["bc", "pc", "pcpp", "bnnpp", "bnnplus", "foothill"] = "bc"
     activations: bool = False
+    regulariser: Literal["r1", "r2"] = "r2"
+    strength: float = 0.1
     skip: tuple[str, ...] = field(default=("first", "last"), kw_only=True)
 
     def prepare(self, model: onnx_ir.Model, ctx: Context) -> int:
@@ -71,6 +79,21 @@ class Binary(TrainablePass):
                 _binary_forms.store_activation(model, node, levels=_LEVELS, by=by)
         ir.add_functions(model)
         return len(found)
+
+    def penalty(self, model: onnx_ir.Model) -> Penalty | None:
+        """What draws the weights of bnnplus and foothill to ±s."""
+        wells = []
+        for node in forms(model, self.name):
+            chosen = self.at(ir.layer_of(node.outputs[0]))
+            if chosen.method in _REGULARISED and chosen.strength and _binary_forms.is_weight(node):
+                kind: Kind = "foothill" if chosen.method == "foothill" else chosen.regulariser
+                wells.append((*_binary_forms.learned(node), kind, chosen.strength))
+        if not wells:
+            return None
+        return lambda parameters, progress: sum(
+            strength * progress * _train_wells.wells(parameters[latent], parameters[scale], axes, kind)
+            for latent, scale, axes, kind, strength in wells
+        )
 
     def settings(self, model: onnx_ir.Model, progress: float) -> Mapping[str, float]:
         """How far the maps are from hard: κ or β of each method in use."""

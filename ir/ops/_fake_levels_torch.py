@@ -9,6 +9,7 @@ from torch import Tensor, where
 from mc_opt.ir.ops._levels import midpoints
 from mc_opt.ir.ops._packing import Geometry
 from mc_opt.ir.ops.fake_prox import TINY
+from mc_opt.ir.ops.fake_threshold import BINARY, FEW, HIGHEST, LOWEST
 
 
 def scaled(y: Tensor, scale: Tensor | None, unit: Tensor | None, geometry: Geometry | None) -> Tensor:
@@ -67,3 +68,18 @@ def _drawn(t: Tensor, sharpness: Tensor, levels: int) -> Tensor:
         ramp = ((t - m) / width.clamp(min=TINY) + 0.5).clamp(0, 1)
         steps = steps + where(width > TINY, ramp, (t >= m).to(t.dtype))
     return steps * gap - 1 + (t - t.clamp(-1, 1)) * free
+
+
+def threshold(x: Tensor, beta: Tensor) -> Tensor:
+    """0 where |x| < Δ(β), else the sign of x, with the gradients of FakeThreshold."""
+    held = _instead(beta.clamp(LOWEST, HIGHEST), beta)
+    # In double precision, as where it is stored: so that both agree on which weights are below it.
+    learned = (1 / (1 + held.double().tan().sqrt())).to(x.dtype)
+    delta = learned.detach()
+    size = x.detach().abs()
+    few = (size < delta).sum() * FEW < x.numel()
+    bound = delta * ~(few | (beta.detach() > BINARY))
+    signs = where(x.detach() >= 0, 1.0, -1.0).to(x.dtype)
+    hard = where(size < bound, 0.0, signs)
+    ramp = where(size < 2 * delta, signs / (2 * delta), 0.0)
+    return hard + (x - x.detach()) - ramp * (learned - delta)

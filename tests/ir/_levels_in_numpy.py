@@ -44,6 +44,17 @@ def swish_to_levels(example: Example) -> np.ndarray:
     return _scaled(y.astype(np.float32), factors, example)
 
 
+def cut_below_threshold(example: Example) -> np.ndarray:
+    """FakeThreshold, element by element."""
+    x, beta, *factors = example.inputs
+    held = min(max(float(beta), np.pi / 4), np.pi / 2 - 1e-3)
+    delta = 1 / (1 + np.sqrt(np.tan(held)))
+    if beta > np.pi / 2 - 0.05 or (np.abs(x) < delta).mean() < 0.05:
+        delta = 0
+    y = np.array([0 if abs(v) < delta else (1 if v >= 0 else -1) for v in x.reshape(-1)], np.float32)
+    return _scaled(y.reshape(x.shape), factors, example)
+
+
 def _scaled(y: np.ndarray, factors: list[np.ndarray | None], example: Example) -> np.ndarray:
     if not factors:
         return y

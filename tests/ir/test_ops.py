@@ -27,12 +27,13 @@ from mc_opt.ir.ops import (
     fake_shift,
     fake_sparse_shift,
     fake_swish_sign,
+    fake_threshold,
     kron_linear,
     lookup,
     sekron_conv,
     sparse,
 )
-from tests.ir._levels_in_numpy import draw_to_levels, swish_to_levels
+from tests.ir._levels_in_numpy import cut_below_threshold, draw_to_levels, swish_to_levels
 
 CASES = [
     pytest.param(name, example, id=f"{name}-{example.name}")
@@ -107,6 +108,8 @@ def expected(op: Op, example: Example) -> np.ndarray:
             return draw_to_levels(example)
         case fake_swish_sign.FakeSwishSign():
             return swish_to_levels(example)
+        case fake_threshold.FakeThreshold():
+            return cut_below_threshold(example)
         case sekron_conv.SeKronConv():
             return convolve(example)
         case euclid_conv.EuclidConv() | fake_euclid_conv.FakeEuclidConv():
@@ -295,7 +298,7 @@ def test_checker_infers_the_stated_type(name: str, example: Example) -> None:
     found = inferred.graph.output[0].type.tensor_type
     dtype, shape = op.types(model.graph[0])[0]
     assert found.elem_type == dtype.value
-    takes_shape = {"AddSparse", "FakeLookup", "FakeProx", "FakeSwishSign"}
+    takes_shape = {"AddSparse", "FakeLookup", "FakeProx", "FakeSwishSign", "FakeThreshold"}
     if op.name not in takes_shape:  # these take it from an input at run time
         assert [d.dim_value for d in found.shape.dim] == list(shape)
 
@@ -353,6 +356,7 @@ def test_files_are_named_after_their_ops() -> None:
         "FakeShift",
         "FakeSparseShift",
         "FakeSwishSign",
+        "FakeThreshold",
         "KronLinear",
         "Lookup",
         "SeKronConv",
