@@ -38,7 +38,7 @@ FOLDS = 5
 SEEDS = 2
 BASE = {"epochs": 12, "batch_size": 64, "lr": 6e-3}
 RECIPE = {
-    "epochs": 12,
+    "epochs": 8,
     "batch_size": 64,
     "lr": 2e-3,
     "loss": "labels,output",
@@ -199,7 +199,10 @@ def measured(rows: Path) -> dict[str, dict[str, Any]]:
 
 
 def _work(task: tuple[str, int, int]) -> dict[str, Any]:
-    return {"key": key_of(*task), **cell(*task)}
+    try:
+        return {"key": key_of(*task), **cell(*task)}
+    except (ir.OptionError, ir.IRError, passes.PassError) as error:  # one cell fails, the others go on
+        return {"failed": f"{task[0]} fold {task[1]} seed {task[2]}: {error}"}
 
 
 def _prepare(task: tuple[int, int]) -> None:
@@ -221,6 +224,9 @@ def measure(tasks: list[tuple[str, int, int]], rows: Path, workers: int) -> None
         for _ in pool.imap_unordered(_prepare, sorted({(fold, seed) for _, fold, seed in missing})):
             pass
         for done, row in enumerate(pool.imap_unordered(_work, missing), 1):
+            if "failed" in row:
+                print(row["failed"], file=sys.stderr)
+                continue
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
