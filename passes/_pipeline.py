@@ -128,12 +128,23 @@ def _fixed_inputs(model: onnx_ir.Model, steps: tuple[Step, ...]) -> dict[str, np
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a trainable pass prepared, after the training that it shares with others."""
+    """What a trainable pass prepared for the training that it shares with others.
 
-    model: onnx_ir.Model
+    Attributes:
+        step: the pass.
+        log: what it says.
+        rewrites: how many layers it took.
+        shown: what the passes before it store: what sizes are told against.
+        model: with the forms of it and of those after it, trained.
+        after: what is stored after it, forms of later passes not counted; None when it is the last.
+    """
+
     step: TrainablePass
     log: Log
     rewrites: int
+    shown: onnx_ir.Model
+    model: onnx_ir.Model | None = None
+    after: onnx_ir.Model | None = None
 
     def convert(self, model: onnx_ir.Model, ctx: Context) -> int:
         """Store the forms; the number of layers that the pass took."""
@@ -202,31 +213,40 @@ class _Run:
     def take_together(self, steps: Sequence[Step]) -> None:
         """Prepare all of several trainable passes, train once, and convert one after the other."""
         before = tuple(p.name for p in self.passes)
-        logs = [Log() for _ in steps]
-        model = _clone(self.model)
-        prepared: list[tuple[TrainablePass, Log, int]] = []
-        for step, log in zip(steps, logs, strict=True):
-            bound = step.bound()
+        model = shown = _clone(self.model)
+        prepared: list[_Prepared] = []
+        for step in steps:
+            bound, log = step.bound(), Log()
             assert isinstance(bound, TrainablePass)
-            ctx = _own(self.ctx, bound.name, log)
-            prepared.append((bound, log, _rewrite(bound, bound.prepare, model, ctx, before)))
+            rewrites = _rewrite(bound, bound.prepare, model, _own(self.ctx, bound.name, log), before)
             ir.add_functions(model)
-        trained = [bound for bound, _, rewrites in prepared if rewrites]
+            prepared.append(_Prepared(bound, log, rewrites, shown))
+            shown = self._converted(model, prepared)
+        trained = [one for one in prepared if one.rewrites]
         if trained:
-            names = "+".join(bound.name for bound in trained)
-            last = next(log for _, log, rewrites in reversed(prepared) if rewrites)
-            ctx = _own(self.ctx, names, last)
-            _rewrite(trained[0], lambda model, ctx: train(model, trained, ctx), model, ctx, before)
-        for step, (bound, log, rewrites) in zip(steps, prepared, strict=True):
-            self.take(step, _Prepared(model, bound, log, rewrites))
-            model = self.model if rewrites else model
+            names = "+".join(one.step.name for one in trained)
+            ctx, passes = _own(self.ctx, names, trained[-1].log), [one.step for one in trained]
+            _rewrite(passes[0], lambda model, ctx: train(model, passes, ctx), model, ctx, before)
+        for number, (step, one) in enumerate(zip(steps, prepared, strict=True)):
+            after = prepared[number + 1].shown if number + 1 < len(prepared) else None
+            self.take(step, dataclasses.replace(one, model=model, after=after))
+            model = self.model if one.rewrites else model
+
+    def _converted(self, model: onnx_ir.Model, prepared: Sequence[_Prepared]) -> onnx_ir.Model:
+        """What the passes so far would store: forms that others wait in take more than the layer ever will."""
+        shown = _clone(model)
+        for one in prepared:
+            one.convert(shown, dataclasses.replace(self.ctx, log=Log()))
+        ir.add_functions(shown)
+        return shown
 
     def take(self, step: Step, prepared: _Prepared | None = None) -> None:
         """Run one pass, or convert what it has prepared; on failure the model stays what it was."""
         before = tuple(p.name for p in self.passes)
         bound = step.bound()
         log = prepared.log if prepared else Log()
-        new = _clone(prepared.model if prepared else self.model)
+        new = _clone(prepared.model if prepared and prepared.model else self.model)
+        shown = prepared.shown if prepared else self.model
         try:
             for instrument in reversed(self.instruments):  # the clock is the first: it starts last and stops first
                 instrument.before(bound, self.model)
@@ -239,12 +259,19 @@ class _Run:
                 new = self.model
             columns: dict[str, Any] = {}
             for instrument in self.instruments:
-                columns |= instrument.after(bound, self.model, new)
+                columns |= instrument.after(bound, shown, (prepared and rewrites and prepared.after) or new)
             judged = self.judge.after(bound, new, before) if self.judge is not None and rewrites else {}
         except PassError as error:
             error.last_good = self.model
             raise
+        self._add_layers(step, rewrites, shown, (prepared and prepared.after) or new)
         self._record(step, rewrites, log, columns, judged, new)
+
+    def _add_layers(self, step: Step, rewrites: int, old: onnx_ir.Model, new: onnx_ir.Model) -> None:
+        self.names |= {site.layer: str(site.value.name) for site in sites(old)}
+        if rewrites:
+            position = len(self.passes)
+            self.layers += changed_layers(self.names, old, new, rewritten_by=step.rewrite.name, position=position)
 
     def _record(
         self,
@@ -256,10 +283,7 @@ class _Run:
         new: onnx_ir.Model,
     ) -> None:
         name = step.rewrite.name
-        self.names |= {site.layer: str(site.value.name) for site in sites(self.model)}
-        if rewrites:
-            self.layers += changed_layers(self.names, self.model, new, rewritten_by=name, position=len(self.passes))
-        else:
+        if not rewrites:
             self.warnings.append(_nothing(name, log.skips))
         self.warnings += [f"{name}: {text}" for text in log.warnings]
         if judged.get("broken"):
