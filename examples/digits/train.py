@@ -56,6 +56,12 @@ def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return tuple(train_test_split(images, labels, test_size=0.25, random_state=SEED, stratify=labels))
 
 
+def samples() -> dict[str, np.ndarray]:
+    """The digits that are not held out, as `mc-opt --train examples.digits.train:samples` takes them."""
+    train, _, label, _ = split()
+    return {"image": train, "label": label}
+
+
 def shifted(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each batch moved by at most one pixel: the augmentation that small digits need."""
     dy, dx = (int(v) for v in torch.randint(-1, 2, (2,), generator=generator))
