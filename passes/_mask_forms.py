@@ -146,10 +146,10 @@ def mask_blocks(
         insert(block.value, users, [value, *settings], attributes, by=(by, "branch mask"), names=names)
 
 
-def block_score(block: _blocks.Block, ctx: Context) -> float:
-    """The mean size of the branch's weights."""
-    arrays = [np.abs(ctx.weight(v)).mean() for v in block.weights if v.const_value is not None and v.const_value.size]
-    return float(np.mean(arrays)) if arrays else 0.0
+def block_score(block: _blocks.Block, ctx: Context, power: int = 1) -> float:
+    """The mean |w|^power of the branch's weights."""
+    arrays = [ctx.weight(v) for v in block.weights if v.const_value is not None and v.const_value.size]
+    return float(np.mean([(np.abs(w.astype(np.float32)) ** power).mean() for w in arrays])) if arrays else 0.0
 
 
 def block_removal(
@@ -194,7 +194,7 @@ def weight_removal(
     if budget == "time":
         return ir.Skip("budget=time: single zeros take as long as other weights; ask for params, macs or count")
     thetas: dict[str, np.ndarray] = {}
-    prices: list[tuple[float, np.ndarray]] = []
+    held: list[tuple[onnx_ir.Value, np.ndarray]] = []
     count = 0
     for node in nodes:
         theta, masked = node.inputs[1], node.outputs[0]
@@ -202,12 +202,8 @@ def weight_removal(
         units = np.arange(count, count + int(np.prod([int(d) for d in theta.shape if isinstance(d, int)])))
         count += len(units)
         thetas[str(theta.name)] = units
-        each = 1.0
-        if budget == "macs":
-            each = sum(work_of(user, "macs", price) for user in set(masked.consumers())) / len(units)
-        prices.append((each, units))
-    cost: Cost = linear(prices)
-    masks = Masks(thetas, cost, count, least=False)
+        held.append((masked, units))
+    masks = Masks(thetas, weight_cost(held, budget, price), count, least=False)
     own = list(zip(nodes, thetas.values(), strict=True))
 
     def remove(gone: np.ndarray, ctx: Context) -> None:
@@ -215,6 +211,22 @@ def weight_removal(
             store_form(model, node, ~gone[units], ctx, by=by)
 
     return Removal(masks, remove)
+
+
+def weight_cost(held: Iterable[tuple[onnx_ir.Value, np.ndarray]], budget: Budget, price: targets.Price) -> Cost:
+    """The cost of single weights: their count, or the multiply-adds of all that a weight takes part in.
+
+    Args:
+        held: weights, each with the units of its elements.
+        budget: count, params or macs.
+        price: of the target.
+    """
+    prices = []
+    for weight, units in held:
+        users = dict.fromkeys(weight.consumers())
+        work = sum((work_of(user, "macs", price) for user in users), 0.0) if budget == "macs" else float(len(units))
+        prices.append((work / max(len(units), 1), units))
+    return linear(prices)
 
 
 def trained_beside(thetas: Iterable[str], touched: Iterable[onnx_ir.Node]) -> list[str]:

@@ -164,3 +164,21 @@ def recurrent_net(op: str, direction: str = "forward") -> str:
         states=", , c0, c0, p" if op == "LSTM" else ", , c0",
     )
     return text.replace(f", float[{d},2,6] h0", "")
+
+
+RESIDUAL = """
+net (float[2,4,5,5] x) => (float[2,3] y)
+<int64[2] space = {2, 3}, float[4,4,3,3] w0, float[4,4,3,3] w1, float[4] b1, float[4,4,3,3] w2, float[4,4,3,3] w3,
+ float[4,3] w4>
+{
+  a = Conv <pads = [1,1,1,1]> (x, w0)
+  c1 = Conv <pads = [1,1,1,1]> (a, w1, b1)
+  r1 = Relu (c1)
+  c2 = Conv <pads = [1,1,1,1]> (r1, w2)
+  s1 = Add (a, c2)
+  c3 = Conv <pads = [1,1,1,1]> (s1, w3)
+  s2 = Add (c3, s1)
+  g = ReduceMean <keepdims = 0> (s2, space)
+  y = MatMul (g, w4)
+}
+"""

@@ -10,23 +10,7 @@ from mc_opt import ir, passes
 from mc_opt.passes._blocks import blocks_of
 from mc_opt.passes.diffmask import DiffMask
 from tests._harness import apply, model, same_in_torch, skipped
-from tests.passes.masked import random_net, recurrent_net
-
-RESIDUAL = """
-net (float[2,4,5,5] x) => (float[2,3] y)
-<float[4,4,3,3] w0, float[4,4,3,3] w1, float[4] b1, float[4,4,3,3] w2, float[4,4,3,3] w3, float[4,3] w4>
-{
-  a = Conv <pads = [1,1,1,1]> (x, w0)
-  c1 = Conv <pads = [1,1,1,1]> (a, w1, b1)
-  r1 = Relu (c1)
-  c2 = Conv <pads = [1,1,1,1]> (r1, w2)
-  s1 = Add (a, c2)
-  c3 = Conv <pads = [1,1,1,1]> (s1, w3)
-  s2 = Add (c3, s1)
-  g = ReduceMean <keepdims = 0> (s2, space)
-  y = MatMul (g, w4)
-}
-""".replace("<float[4,4,3,3] w0", "<int64[2] space = {2, 3}, float[4,4,3,3] w0")
+from tests.passes.masked import RESIDUAL, random_net, recurrent_net
 
 
 def prepared(step: DiffMask, source: onnx_ir.Model) -> onnx_ir.Model:

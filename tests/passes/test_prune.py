@@ -16,7 +16,7 @@ from mc_opt.passes._channels_cost import cost_of
 from mc_opt.passes._channels_cut import cut
 from mc_opt.targets import find_target
 from tests._harness import apply, check, model, same_in_torch, skipped, to_bytes
-from tests.passes.masked import masked, random_net, recurrent_net
+from tests.passes.masked import RESIDUAL, masked, random_net, recurrent_net
 
 # Sums of fewer products in another order, through some ten layers whose values grow to some hundreds.
 TOLERANCE = 2e-5
@@ -200,6 +200,62 @@ def test_alignment() -> None:
     for spec, kept in (("prune", 24), ("prune{align=4}", 20), ("prune{align=1 sparsity=0.99}", 1)):
         small, _ = apply(spec, model(wide))
         assert small.graph.initializers["a"].shape[0] == kept
+
+
+def test_branches_go() -> None:
+    small, rewrites = apply("prune{structure=block}", model(RESIDUAL))
+    assert rewrites == 1 and [n.op_type for n in small.graph].count("Identity") == 1
+    small, rewrites = apply("prune{structure=block sparsity=0.9}", model(RESIDUAL))
+    assert rewrites == 2 and [n.op_type for n in small.graph] == [
+        "Conv",
+        "Identity",
+        "Identity",
+        "ReduceMean",
+        "MatMul",
+    ]
+    assert not {"w1", "b1", "w2", "w3"} & set(small.graph.initializers)
+    same_in_torch(small)
+    with pytest.raises(passes.PassError, match="is left without any branch"):
+        passes.run(
+            model(RESIDUAL),
+            passes.Pipeline.parse("prune{structure=block sparsity=0.9 budget=params}"),
+            passes.Context(),
+        )
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("budget", ["count", "macs"])
+def test_single_weights_become_zero(scope: str, budget: str) -> None:
+    source = model(random_net(2))
+    spec = f"prune{{structure=weight sparsity=0.75 scope={scope} budget={budget}}}"
+    result = passes.run(source, passes.Pipeline.parse(spec), passes.Context())
+    zeros = count = 0
+    for found in ir.weight_sites(source):
+        assert isinstance(found, ir.WeightSite)
+        sparse = next((n for n in result.model.graph if n.outputs[0].name == found.name), None)
+        array = found.tensor.numpy()
+        if sparse is None:
+            kept = np.count_nonzero(result.model.graph.initializers[found.name].const_value.numpy())
+        else:
+            assert sparse.op_type == "Sparse"
+            kept = sparse.inputs[1].const_value.size
+        if scope == "layer" and budget == "count":
+            assert abs(kept - array.size / 4) <= 1
+        assert any(layer == found.layer and "zeros:" in text for layer, text in result.report.passes[0].notes)
+        zeros, count = zeros + array.size - kept, count + array.size
+    assert budget == "macs" or abs(zeros / count - 0.75) < 1e-2
+    same_in_torch(result.model)
+
+
+def test_options_that_exclude_each_other() -> None:
+    for spec, reason in (
+        ("prune{sparsity=1}", "between 0 and 1"),
+        ("prune{align=0}", "expected 1 or more"),
+        ("prune{structure=weight budget=time}", "single zeros save no time"),
+        ("prune{structure=block score=bn}", "this score is of channels"),
+    ):
+        with pytest.raises(Exception, match=reason):
+            passes.Pipeline.parse(spec)
 
 
 def test_the_artefact_gives_the_same_numbers(tmp_path: Path) -> None:
