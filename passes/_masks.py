@@ -27,7 +27,8 @@ _SPAN = 100
 # β times that span: m̃ is smooth across it at first, and nearly a step in the end.
 _SOFT, _SHARP = 4.0, 40.0
 _FROZEN = 1e4  # then the gradient of θ is 0 in single precision
-_MET, _FREEZE = 0.6, 0.7  # the shares of training at which the target stops falling, and masks stop moving
+_MET, _FREEZE = 0.6, 0.7  # the shares of training at which the target stops falling, and the loss stops to move masks
+_LAST = 0.699  # just before: the penalty still moves masks if they are above their target by then
 _STRENGTH = 5.0
 _BAND = 0.005  # the cost is near enough to its target
 _POINTS = 64  # of the target's fall
@@ -98,7 +99,7 @@ def span_of(lr: float) -> float:
 
 
 def penalty_of(masks: Masks, thetas: Mapping[str, np.ndarray], span: float) -> Penalty:
-    """ρ·max(0, |cost/t − 1| − ε): the cost of the hard masks with the gradient of the soft ones.
+    """ρ·max(0, |cost/t − 1| − ε), then ρ·max(0, cost/t − 1): hard masks with the gradient of the soft ones.
 
     The target t is what the thetas at the start cost while the threshold rises through them: it falls from the whole
     cost to the share. Where training moves thetas, this keeps the cost near it.
@@ -106,7 +107,7 @@ def penalty_of(masks: Masks, thetas: Mapping[str, np.ndarray], span: float) -> P
     targets = [_cost(masks, thetas, settings_at(span, k / _POINTS)[0]) for k in range(_POINTS + 1)]
 
     def penalty(parameters: Mapping[str, Any], progress: float) -> Any:
-        threshold, sharpness = settings_at(span, progress)
+        threshold, sharpness = settings_at(span, min(progress, _LAST))
         kept: Any = None
         for name, units in masks.thetas.items():
             theta = parameters[name].reshape(-1)
@@ -117,7 +118,8 @@ def penalty_of(masks: Masks, thetas: Mapping[str, np.ndarray], span: float) -> P
             kept = kept.index_copy(0, theta.new_tensor(units).long(), hard - soft.detach() + soft)
         target = float(np.interp(progress * _POINTS, range(_POINTS + 1), targets))
         excess = masks.cost.of(kept) / target - 1.0
-        return _STRENGTH * (excess.abs() - _BAND).clamp(min=0.0)
+        # Once the target has come to rest it is a limit: what is above still goes, what is below stays.
+        return _STRENGTH * (excess if progress > _MET else excess.abs() - _BAND).clamp(min=0.0)
 
     return penalty
 

@@ -44,7 +44,8 @@ class DiffMask(TrainablePass):
     granularity: filter masks channels of convolutions and linear layers, node hidden units of LSTM, GRU and RNN,
     block residual branches, weight single weights, which are stored as a bitmap and values where that is smaller.
     budget: what share is a share of: the count of what is masked, params, macs, or predicted time. share: how much of
-    it stays. Trained with the masks are all weights of the layers that have any: a mask alone can only choose.
+    it stays. Trained with the masks are the weights of layers with masked channels, or of all where branches or
+    weights are masked: a mask alone can only choose.
     Without training those of the smallest weights go.
     """
 
@@ -137,25 +138,19 @@ class DiffMask(TrainablePass):
         return taken
 
     def parameters(self, model: onnx_ir.Model) -> tuple[str, ...]:
-        """The thetas, and weights, biases and scales of all layers that hold masked channels, branches or weights.
+        """The thetas, and weights, biases and scales: of the layers that hold masked channels, or of all layers.
 
         A mask without its weights following could only choose among what is there.
         """
         clone = model.clone()
         nodes = list(forms(clone, self.name))
         thetas = dict.fromkeys(str(node.inputs[1].name) for node in nodes if node.inputs[1] is not None)
-        touched: list[onnx_ir.Node] = []
-        match self.granularity:
-            case "weight":
-                touched = [user for node in nodes for user in (node, *node.outputs[0].consumers())]
-            case "block":
-                placed = {mask.value for mask in strip(clone, nodes)}
-                touched = [n for block in blocks_of(clone) if block.value in placed for n in block.nodes]
-            case "filter" | "node":
-                strip(clone, nodes)
-                units = channels_of(clone).units
-                moved = {value for value, axes in units.items() if any(axis is not None for axis in axes)}
-                touched = [node for node in clone.graph if any(value in moved for value in node.inputs)]
+        touched = list(clone.graph)
+        if self.granularity in ("filter", "node"):
+            strip(clone, nodes)
+            units = channels_of(clone).units
+            moved = {value for value, axes in units.items() if any(axis is not None for axis in axes)}
+            touched = [node for node in clone.graph if any(value in moved for value in node.inputs)]
         return tuple(masked.trained_beside(thetas, touched))
 
     def settings(self, model: onnx_ir.Model, progress: float) -> Mapping[str, float]:
