@@ -213,7 +213,7 @@ class _Run:
     def take_together(self, steps: Sequence[Step]) -> None:
         """Prepare all of several trainable passes, train once, and convert one after the other."""
         before = tuple(p.name for p in self.passes)
-        model = shown = _clone(self.model)
+        model, shown = _clone(self.model), self.model
         prepared: list[_Prepared] = []
         for step in steps:
             bound, log = step.bound(), Log()

@@ -24,6 +24,8 @@ def test_the_demo() -> None:
         "4 bits, x86 artefact",
         "4 bits, C library",
         "within 1 point of float",
-        "fold-batch-norm",
+        "trained sekron+denseshift",
+        "out/digits/arm/model.so",
+        "at most 1/6 of their bytes",
     ):
         assert text in done.stdout
