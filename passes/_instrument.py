@@ -40,6 +40,11 @@ class Timing:
         self.seconds.append((step.name, time.perf_counter() - self._start))
         return {}
 
+    def add(self, seconds: float) -> None:
+        """Count these for the last pass too: a training that it shared with those before it."""
+        name, own = self.seconds[-1]
+        self.seconds[-1] = (name, own + seconds)
+
 
 class Bytes:
     """Parameters, stored bytes and nodes before and after."""

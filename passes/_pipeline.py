@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,7 +213,7 @@ class _Run:
 
     def take_together(self, steps: Sequence[Step]) -> None:
         """Prepare all of several trainable passes, train once, and convert one after the other."""
-        before = tuple(p.name for p in self.passes)
+        before, started = tuple(p.name for p in self.passes), time.perf_counter()
         model, shown = _clone(self.model), self.model
         prepared: list[_Prepared] = []
         for step in steps:
@@ -227,10 +228,14 @@ class _Run:
             names = "+".join(one.step.name for one in trained)
             ctx, passes = _own(self.ctx, names, trained[-1].log), [one.step for one in trained]
             _rewrite(passes[0], lambda model, ctx: train(model, passes, ctx), model, ctx, before)
+        spent = time.perf_counter() - started
         for number, (step, one) in enumerate(zip(steps, prepared, strict=True)):
             after = prepared[number + 1].shown if number + 1 < len(prepared) else None
             self.take(step, dataclasses.replace(one, model=model, after=after))
             model = self.model if one.rewrites else model
+        for instrument in self.instruments:
+            if isinstance(instrument, Timing):
+                instrument.add(spent)
 
     def _converted(self, model: onnx_ir.Model, prepared: Sequence[_Prepared]) -> onnx_ir.Model:
         """What the passes so far would store: forms that others wait in take more than the layer ever will."""

@@ -64,7 +64,7 @@ def _beside(out: Path | None) -> Path:
     assert out is not None
     whole = Path(os.path.abspath(out))
     place = whole.with_name(f"{whole.name}.training")
-    return place if out.is_absolute() or not out.name else out.with_name(place.name)
+    return out.with_name(place.name) if out.name == whole.name else place  # as it was written, unless that is `.`
 
 
 @contextlib.contextmanager

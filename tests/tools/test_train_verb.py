@@ -93,6 +93,15 @@ def test_a_recipe_trains_and_the_command_line_wins(mc_opt: Run, net: Path, data:
     assert report["training"] == {"data": data.name, "epochs": "2", "batch_size": "16", "threads": "1"}
 
 
+def test_passes_that_are_trained_together_are_told_as_one(mc_opt: Run, net: Path, data: Path, out: Path) -> None:
+    ran = mc_opt(net, "--passes", "denseshift{bits=3 skip=},fine-tune", "--train", data, "--joint", *FAST, "-o", out)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("\ntrained ") == 1 and "\ntrained denseshift+fine-tune: 3 epochs, " in ran.out
+    timings = json.loads((out / "timings.json").read_text())
+    seconds = [row["seconds"] for row in timings["passes"]]
+    assert seconds[1] > seconds[0] and sum(seconds) > 0.5 * timings["stages"]["passes"]
+
+
 def test_a_dry_run_counts_and_trains_nothing(mc_opt: Run, net: Path, data: Path) -> None:
     before = sorted(net.parent.rglob("*"))
     ran = mc_opt(net, "--passes", "fine-tune", "--train", data, "--parameters", "head_w", "--dry-run", *FAST)

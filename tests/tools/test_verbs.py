@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from mc_opt import ir
-from mc_opt.tools import _console, _texts, cli
+from mc_opt import ir, passes
+from mc_opt.tools import _console, _texts, _train_options, cli
 from tests.tools.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -25,6 +26,14 @@ def test_the_verbs_are_the_files(mc_opt: Run) -> None:
     assert ran.code == 0
     for word in ("MODEL --passes", "--recipe", "--allow-scripts", "--version", "inspect", "doctor"):
         assert word in ran.out
+    common, training = ran.out.split("\nTraining:\n")
+    assert "--train " not in common and "--fresh" in training and "--dry-run" in common
+    assert training.split("\nVerbs:\n")[0] in mc_opt("compile", "--help").out
+
+
+def test_every_option_of_a_training_is_on_the_command_line() -> None:
+    fields = {field.name for field in dataclasses.fields(passes.Training)}
+    assert {row.field for row in _train_options.ROWS} == fields and len(_train_options.ROWS) == len(fields)
 
 
 @pytest.mark.parametrize("verb", cli.verb_names())
@@ -227,7 +236,13 @@ def test_doctor(mc_opt: Run) -> None:
     assert ran.code == 0, ran.err
     assert "onnxruntime" in ran.out and "CPU features" in ran.out and "running ARM artefacts" in ran.out
     facts = json.loads(mc_opt("doctor", "--json").out)
-    assert {row["part"] for row in facts["packages"]} == {"core", "torch", "tvm", "cuda"}
+    parts = {row["part"] for row in facts["packages"]}
+    assert parts == {"core", "torch", "train", "tvm", "cuda"} or parts == {
+        "core",
+        "torch",
+        "tvm",
+        "cuda",
+    }  # as installed
 
 
 def test_doctor_names_the_command_for_what_is_missing(mc_opt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +258,25 @@ def test_doctor_names_the_command_for_what_is_missing(mc_opt: Run, monkeypatch: 
     monkeypatch.setattr(importlib.metadata, "version", version)
     ran = mc_opt("doctor")
     assert "pip install 'apache-tvm==0.27.0.post1' 'apache-tvm-ffi==0.1.14.post1'" in ran.out
+
+
+def test_doctor_knows_what_training_needs(mc_opt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    train = ['mc-opt[torch] ; extra == "train"', 'click>=8 ; extra == "train"', 'no-such-package>=1 ; extra == "train"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["click>=8.1", *train])
+    ran = mc_opt("doctor")
+    assert "train (training what passes made): " in ran.out and "-m pip install 'no-such-package>=1'" in ran.out
+
+
+def test_passes_says_which_are_trained(mc_opt: Run) -> None:
+    listed = {
+        line.split()[0]: line.split()[3] for line in mc_opt("passes").out.splitlines()[1:] if len(line.split()) > 4
+    }
+    assert (listed["denseshift"], listed["fine-tune"], listed["fold-batch-norm"]) == ("yes", "yes", "no")
+    assert "Trained where the run has --train." in mc_opt("passes", "denseshift").out
+    assert "Trained where" not in mc_opt("passes", "prune").out
+    assert {e["name"]: e["trained"] for e in json.loads(mc_opt("passes", "--json").out)}["s3"] is True
 
 
 @pytest.mark.parametrize(
