@@ -118,8 +118,8 @@ def penalty_of(masks: Masks, thetas: Mapping[str, np.ndarray], span: float) -> P
             kept = kept.index_copy(0, theta.new_tensor(units).long(), hard - soft.detach() + soft)
         target = float(np.interp(progress * _POINTS, range(_POINTS + 1), targets))
         excess = masks.cost.of(kept) / target - 1.0
-        # Once the target has come to rest it is a limit: what is above still goes, what is below stays.
-        return _STRENGTH * (excess if progress > _MET else excess.abs() - _BAND).clamp(min=0.0)
+        # In the end the target is a limit: what is above still goes, what is below stays.
+        return _STRENGTH * (excess if progress >= _FREEZE else excess.abs() - _BAND).clamp(min=0.0)
 
     return penalty
 
