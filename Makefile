@@ -13,7 +13,7 @@ UNMARKED := not models and not qemu and not browser and not slow and not gpu
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-headline bench-big clean
+.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-headline bench-training bench-big clean
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -33,7 +33,7 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,models]'; \
 	touch $(STAMP)
 
-demo: $(STAMP)  ## compress the digits CNN to 4 bits; compare float, ONNX Runtime and the x86 artefact
+demo: $(STAMP)  ## train the digits CNN to Kronecker factors in 4 bits; for ONNX Runtime, x86, ARM and as a C library
 	@$(BIN)/python examples/digits/demo.py
 
 train: $(STAMP)  ## train the demo's CNN again (the result is in the repository)
@@ -68,6 +68,9 @@ bench-models: $(STAMP)  ## every public model: exact passes, then denseshift on 
 
 bench-headline: $(STAMP)  ## sekron,denseshift on every public model for onnx, x86 and arm (needs qemu-user)
 	@$(BIN)/python -m benchmarks.headline
+
+bench-training: $(STAMP)  ## every trained method on 10,000 digits, paired with float (2 hours; goes on where it stopped)
+	@$(BIN)/python -m benchmarks.training
 
 bench-big: $(STAMP)  ## a model of 2.5 GiB: seconds and peak memory
 	@$(BIN)/python -m benchmarks.big_model

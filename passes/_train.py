@@ -106,7 +106,7 @@ class _Fit:
 
     def _opened(self, data: object) -> Source:
         states = self.ctx.states or None
-        return open_source(data, self.model, states=states, batchable=self.batchable)
+        return open_source(data, _with_fixed(self.model, self.ctx), states=states, batchable=self.batchable)
 
     def _divided(self, data: Source) -> tuple[Source, Source | None]:
         """What is trained on and what is held out."""
@@ -366,6 +366,18 @@ class _Fit:
             for _, parts in zip(range(count), self._batches(self.training.epochs), strict=False):
                 for piece in self._pieces(parts):
                     self._outputs(self.student.module, piece)
+
+
+def _with_fixed(model: onnx_ir.Model, ctx: Context) -> onnx_ir.Model:
+    """The model as data knows it: with the inputs of the original that an earlier pass has made constant."""
+    assert ctx.reference is not None
+    own = {value.name for value in model.graph.inputs}
+    gone = [v for v in ctx.reference.graph.inputs if v.name in ctx.fixed and v.name not in own]
+    if not gone:
+        return model
+    whole = model.clone()
+    whole.graph.inputs.extend(onnx_ir.Value(name=v.name, type=v.type, shape=v.shape) for v in gone)
+    return whole
 
 
 def _singles(parts: Sequence[Batch]) -> Iterator[Batch]:

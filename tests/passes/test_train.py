@@ -244,6 +244,16 @@ def test_unfit_data_is_told_before_the_first_step(tmp_path: Path) -> None:
         trained("fine-tune", tmp_path / "other.npz")
 
 
+def test_data_may_hold_an_input_that_a_pass_has_fixed(tmp_path: Path) -> None:
+    text = NET.replace("(float[N,1,6,6] x)", "(float[N,1,6,6] x, float k)").replace(
+        "p = GlobalAveragePool (r)", "q = Mul (r, k) p = GlobalAveragePool (q)"
+    )
+    with np.load(patterns(tmp_path)) as file:
+        np.savez(tmp_path / "fixed.npz", k=np.full(len(file["x"]), 2, np.float32), **file)
+    _, report = trained("specialize{k=2},fine-tune", tmp_path / "fixed.npz", text, loss="labels,output")
+    assert report_of(report).steps == 6
+
+
 # --- what it trains -------------------------------------------------------------------------------
 
 RECURRENT = """
