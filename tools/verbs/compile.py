@@ -108,7 +108,8 @@ def _trained(training: TrainingReport) -> str:
     """One line of what a training did, from its first epoch to the one that was kept."""
     ends = training.epochs[:: max(len(training.epochs) - 1, 1)]
     losses = " -> ".join(f"{epoch.loss:.4g}" for epoch in ends)
-    parts = [f"{len(training.epochs)} epochs", f"{training.samples} samples", f"loss {losses}"]
+    count = len(training.epochs)
+    parts = [f"{count} epoch{'s' if count != 1 else ''}", f"{training.samples} samples", f"loss {losses}"]
     kept = training.epochs[training.best - 1] if training.best else training.start
     figures = [epoch.metric for epoch in (training.start, kept) if epoch is not None and epoch.metric is not None]
     if figures:
