@@ -73,7 +73,7 @@ def weight_form(
     alpha = _binary.mean_scale(matrix) if levels == 2 else _binary.ternary_scale(matrix)
     latent, scale, unit = _binary.latents(matrix, alpha)
     x = latent_value(site, latent, ctx)
-    attributes: dict[str, object] = {"levels": levels, "axes": site.axes}
+    attributes: dict[str, object] = {"levels": levels, "axes": site.axes, "gain": _binary.GAIN}
     chosen = METHODS[method]
     if chosen.op_type == "FakeProx":
         attributes["transform"] = chosen.weight

@@ -2,7 +2,7 @@
 
     ŵ = s·sign(u)        forward y = s·F(u), backward ∂y/∂u = s·B(u), F → sign
 
-The latents u start as w / mean |w| of the row, the trained scale s as mean |w|, which is best for signs; without
+u starts as w / mean |w| of the row, the trained scale s as mean |w|, which is best for signs; without
 training that is what is stored. `method` chooses the pair (F, B).
 
 Papers: Dockhorn et al., "Demystifying and Generalizing BinaryConnect", NeurIPS 2021 (bc, pc); Lu et al., "Understanding
@@ -73,7 +73,7 @@ class Binary(TrainablePass):
             value, by = node.inputs[0], (self.name, "signs")
             assert value is not None
             if _binary_forms.is_weight(node):
-                codes = _binary.level_codes(ctx.weight(value), _LEVELS)
+                codes = _binary.level_codes(ctx.weight(value) * _binary.GAIN, _LEVELS)
                 _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=by)
             else:
                 _binary_forms.store_activation(model, node, levels=_LEVELS, by=by)
@@ -91,7 +91,7 @@ class Binary(TrainablePass):
         if not wells:
             return None
         return lambda parameters, progress: sum(
-            strength * progress * _train_wells.wells(parameters[latent], parameters[scale], axes, kind)
+            strength * progress * _train_wells.wells(parameters[latent] * _binary.GAIN, parameters[scale], axes, kind)
             for latent, scale, axes, kind, strength in wells
         )
 

@@ -53,10 +53,11 @@ class SmartQuant(TrainablePass):
             ctx.progress(done, len(sites), site.layer)
             matrix = np.asarray(ir.canonical(ctx.weight(site.value), site.axes))
             latent, scale, unit = _binary.latents(matrix, _binary.root_mean_square(matrix))
-            scale *= _binary.kept_mean(latent, ir.threshold(latent, _BETA))
+            start = latent * _binary.GAIN
+            scale *= _binary.kept_mean(start, ir.threshold(start, _BETA))
             x = _binary_forms.latent_value(site, latent, ctx)
             beta = ir.initializer(site.graph, f"{site.name}.beta", np.array(_BETA, np.float32))
-            node = ir.node("FakeThreshold", [x, beta, scale, unit], {"axes": site.axes})
+            node = ir.node("FakeThreshold", [x, beta, scale, unit], {"axes": site.axes, "gain": _binary.GAIN})
             ir.replace_weight(site, node, by=(self.name, "signs or three levels"))
         return len(sites)
 
@@ -67,7 +68,7 @@ class SmartQuant(TrainablePass):
         for node in found:
             latent, beta = node.inputs[:2]
             assert latent is not None and beta is not None
-            x = ctx.weight(latent)
+            x = ctx.weight(latent) * _binary.GAIN
             bound = ir.threshold(x, float(ctx.weight(beta)))
             levels = 3 if bound else 2
             codes = _binary.codes_beyond(x, bound) if bound else _binary.level_codes(x, 2)
@@ -94,7 +95,7 @@ class SmartQuant(TrainablePass):
         if not names:
             return None
         return lambda parameters, _: sum(
-            strength * _train_wells.three_wells(parameters[latent], parameters[beta], gamma)
+            strength * _train_wells.three_wells(parameters[latent] * _binary.GAIN, parameters[beta], gamma)
             + _train_wells.wall(parameters[beta])
             for latent, beta, strength, gamma in names
         )

@@ -63,7 +63,7 @@ class Ternary(TrainablePass):
             value, by = node.inputs[0], (self.name, "three levels")
             assert value is not None
             if _binary_forms.is_weight(node):
-                codes = _binary.level_codes(ctx.weight(value), _LEVELS)
+                codes = _binary.level_codes(ctx.weight(value) * _binary.GAIN, _LEVELS)
                 _binary_forms.store_weight(model, node, ctx, codes=codes, levels=_LEVELS, by=by)
             else:
                 _binary_forms.store_activation(model, node, levels=_LEVELS, by=by)

@@ -1,8 +1,9 @@
 """What the training forms with levels from −1 to 1 share: where levels change, and the scale of each row.
 
-A form with `levels` = 2 has the levels −1, 1, one with 3 has −1, 0, 1. y = F(x)·(scale·unit), where `unit` is what a
-row of the weight was divided by and `scale`, learned, starts at 1: so latents and scales are of size 1 in every layer
-and one learning rate fits all. An activation has neither.
+A form with `levels` = 2 has the levels −1, 1, one with 3 has −1, 0, 1. y = F(u)·(scale·unit), u = gain·x, where `unit`
+is what a row of the weight was divided by and `scale`, learned, starts at 1: so latents and scales have the same size
+in every layer and one learning rate fits all. Latents get through the levels `gain` times faster than a scale. An
+activation has no scale.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ def midpoints(levels: int) -> tuple[float, ...]:
     """Where one level passes into the next: 0, or −½ and ½."""
     gap = 2 / (levels - 1)
     return tuple(-1 + gap * (k + 0.5) for k in range(levels - 1))
+
+
+def amplified(body: Body) -> onnx_ir.Value:
+    """U = gain·x, in standard ops."""
+    x = body.input("x")
+    return body.Mul(x, body.CastLike(body.scalar("gain"), x))
 
 
 def geometry(op: Op, node: onnx_ir.Node) -> Geometry | None:
@@ -81,6 +88,8 @@ def check(op: Op, node: onnx_ir.Node) -> None:
         raise IRError(f"{where(node)} x is {dtype}, expected a float type; cast it")
     if "levels" in node.attributes and node.attributes["levels"].as_int() not in LEVELS:
         raise IRError(f"{where(node)} levels is {node.attributes['levels'].as_int()}, expected 2 or 3; choose one")
+    if node.attributes["gain"].as_int() < 1:
+        raise IRError(f"{where(node)} gain is {node.attributes['gain'].as_int()}, expected 1 or more; leave it out")
     for name in op.settings:
         shape = static_shape(node, op.input(node, name))
         if shape:

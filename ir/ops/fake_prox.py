@@ -16,18 +16,18 @@ TRANSFORMS = ("identity", "clip", "bireal")
 
 
 class FakeProx(Op):
-    """y = P_κ(T(x))·(scale·unit), with the gradient ∂y/∂x = T′(x)·(scale·unit): forward and backward differ.
+    """y = P_κ(T(u))·(scale·unit), u = gain·x, with ∂y/∂u = T′(u)·(scale·unit): forward and backward differ.
 
     P_κ is a proximal map that κ, the input `sharpness`, leads from the identity (0) to the nearest level (1). Between
     levels a < b of half-gap h it is a up to a + κh, b from b − κh, and linear between; beyond the outermost levels
     its slope is 1 − κ. At the midpoint of two levels the hard map takes the upper one, so sign(0) = 1.
 
     T is, by `transform`:
-        0  x                            T′ = 1: ProxConnect; with κ = 1, BinaryConnect
-        1  clip(x, −1, 1)               T′ = 1 where |x| ≤ 1: with κ = 1, BNN
-        2  2z − z·|z|, z = clip(x/2)    T′ = 1 − |x|/2 where |x| ≤ 2: with κ = 1, Bi-Real's pair, stretched to T′(0) = 1
+        0  u                            T′ = 1: ProxConnect; with κ = 1, BinaryConnect
+        1  clip(u, −1, 1)               T′ = 1 where |u| ≤ 1: with κ = 1, BNN
+        2  2z − z·|z|, z = clip(u/2)    T′ = 1 − |u|/2 where |u| ≤ 2: with κ = 1, Bi-Real's pair, stretched to T′(0) = 1
 
-    As T increases and P_κ is proximal, (P_κ∘T, T′) is a pair of ProxConnect++. ∂L/∂scale = Σ g·P_κ(T(x))·unit over
+    As T increases and P_κ is proximal, (P_κ∘T, T′) is a pair of ProxConnect++. ∂L/∂scale = Σ g·P_κ(T(u))·unit over
     the row. Papers: Dockhorn et al., NeurIPS 2021, and Lu et al., NeurIPS 2023; the map beyond the outermost levels
     and the stretch are ours.
     """
@@ -39,6 +39,7 @@ class FakeProx(Op):
         "levels": Attribute(onnx_ir.AttributeType.INT, 2),
         "transform": Attribute(onnx_ir.AttributeType.INT, 0),
         "axes": Attribute(onnx_ir.AttributeType.INTS, (0,)),
+        "gain": Attribute(onnx_ir.AttributeType.INT, 1),
     }
 
     def _form(self, node: onnx_ir.Node) -> tuple[int, str]:
@@ -52,7 +53,7 @@ class FakeProx(Op):
     def body(self, op: Body, node: onnx_ir.Node) -> onnx_ir.Value:
         """The sum of a ramp a midpoint, −1, and what lies beyond the outermost levels."""
         levels, transform = self._form(node)
-        x = op.input("x")
+        x = _levels.amplified(op)
         t = _transformed(op, x, transform)
         one, zero = _levels.number(op, 1, x), _levels.number(op, 0, x)
         free = op.Sub(one, op.CastLike(op.input("sharpness"), x))
@@ -75,10 +76,10 @@ class FakeProx(Op):
         from mc_opt.ir.ops import _fake_levels_torch as reference  # torch is an extra
 
         levels, transform = self._form(node)
-        geometry = _levels.geometry(self, node)
+        geometry, gain = _levels.geometry(self, node), node.attributes["gain"].as_int()
 
         def fake_prox(x: Any, sharpness: Any, scale: Any = None, unit: Any = None) -> Any:
-            y = reference.prox(x, sharpness, levels=levels, transform=transform)
+            y = reference.prox(x * gain, sharpness, levels=levels, transform=transform)
             return reference.scaled(y, scale, unit, geometry)
 
         return fake_prox
@@ -114,7 +115,7 @@ class FakeProx(Op):
                     form = {"levels": levels, "transform": transform}
                     yield _sample(rng, f"l{levels}-{name}-{sharpness}", (5, 7), sharpness, form)
         for name, shape, axes in _levels.PLACES:
-            yield _sample(rng, name, shape, 0.5, {"levels": 3, "axes": axes})
+            yield _sample(rng, name, shape, 0.5, {"levels": 3, "axes": axes, "gain": 4})
         x = rng.standard_normal((2, 3, 4, 4)).astype(np.float32)
         yield Example("activation", (x, np.array(0.5, np.float32)), {"transform": 1})
         ties = np.array([[-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]], np.float32)

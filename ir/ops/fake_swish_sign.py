@@ -13,10 +13,10 @@ from mc_opt.ir.ops import _levels
 
 
 class FakeSwishSign(Op):
-    """y = F(x)·(scale·unit), with the gradient ∂y/∂x = F_β′(x)·(scale·unit), β the input `sharpness`.
+    """y = F(u)·(scale·unit), u = gain·x, with the gradient ∂y/∂u = F_β′(u)·(scale·unit), β the input `sharpness`.
 
     F_β is a sum of one SwishSign a midpoint m of two levels, of half-gap h; between −1 and 1 it is SS_β itself:
-        F_β(x) = −1 + Σ_m h·(1 + SS_{β/h}(x − m))
+        F_β(u) = −1 + Σ_m h·(1 + SS_{β/h}(u − m))
         SS_β(x) = 2σ(βx)·[1 + βx·(1 − σ(βx))] − 1 = tanh(z) + z·sech²(z),  z = βx/2
         SS_β′(x) = β·(2 − βx·tanh(βx/2)) / (1 + cosh(βx))
 
@@ -33,6 +33,7 @@ class FakeSwishSign(Op):
     attributes: ClassVar[Mapping[str, Attribute]] = {
         "levels": Attribute(onnx_ir.AttributeType.INT, 2),
         "axes": Attribute(onnx_ir.AttributeType.INTS, (0,)),
+        "gain": Attribute(onnx_ir.AttributeType.INT, 1),
     }
 
     def variant(self, node: onnx_ir.Node) -> str:
@@ -41,7 +42,7 @@ class FakeSwishSign(Op):
 
     def body(self, op: Body, node: onnx_ir.Node) -> onnx_ir.Value:
         """Both maps, of which `hard` takes one."""
-        levels, x = node.attributes["levels"].as_int(), op.input("x")
+        levels, x = node.attributes["levels"].as_int(), _levels.amplified(op)
         one, half = _levels.number(op, 1, x), _levels.number(op, 1 / (levels - 1), x)
         slope = op.Div(op.CastLike(op.input("sharpness"), x), op.Add(half, half))
         soft, hard = None, None
@@ -62,10 +63,12 @@ class FakeSwishSign(Op):
         """The same forward with the gradients of the class docstring."""
         from mc_opt.ir.ops import _fake_levels_torch as reference  # torch is an extra
 
-        levels, geometry = node.attributes["levels"].as_int(), _levels.geometry(self, node)
+        levels, gain = (node.attributes[name].as_int() for name in ("levels", "gain"))
+        geometry = _levels.geometry(self, node)
 
         def fake_swish_sign(x: Any, sharpness: Any, hard: Any, scale: Any = None, unit: Any = None) -> Any:
-            return reference.scaled(reference.swish_sign(x, sharpness, hard, levels=levels), scale, unit, geometry)
+            y = reference.swish_sign(x * gain, sharpness, hard, levels=levels)
+            return reference.scaled(y, scale, unit, geometry)
 
         return fake_swish_sign
 
@@ -97,7 +100,7 @@ class FakeSwishSign(Op):
             for sharpness, hard in ((1.5, 0), (20.0, 0), (20.0, 1)):
                 yield _sample(rng, f"l{levels}-{sharpness}-{hard}", (5, 7), (sharpness, hard), {"levels": levels})
         for name, shape, axes in _levels.PLACES:
-            yield _sample(rng, name, shape, (3.0, 0), {"levels": 2, "axes": axes})
+            yield _sample(rng, name, shape, (3.0, 0), {"levels": 2, "axes": axes, "gain": 4})
         x = rng.standard_normal((2, 3, 4, 4)).astype(np.float32)
         yield Example("activation", (x, np.array(5, np.float32), np.array(1, np.float32)), {})
         far = np.array([[-1e4, -40, -1, -0.5, 0, 0.5, 1, 40, 1e4]], np.float32)

@@ -30,16 +30,16 @@ def threshold(x: np.ndarray, beta: float) -> float:
 
 
 class FakeThreshold(Op):
-    """y = t(x)·(scale·unit), t(x) = 0 where |x| < Δ, else sign(x), with sign(0) = 1.
+    """y = t(u)·(scale·unit), u = gain·x, t(u) = 0 where |u| < Δ, else sign(u), with sign(0) = 1.
 
     Δ = 1/(1 + √tan β), β held in [π/4, π/2), is where the outer wells of Smart Quantization's regulariser meet the
-    middle one: ½ for β = π/4, and 0, which is binary, for β → π/2. x is binary, Δ = 0, as soon as β > π/2 − 0.05 or Δ
+    middle one: ½ for β = π/4, and 0, which is binary, for β → π/2. u is binary, Δ = 0, as soon as β > π/2 − 0.05 or Δ
     leaves less than one zero in 20 weights.
 
     Gradients, with g = ∂L/∂y:
-        ∂L/∂x     = g·(scale·unit)                                        (straight through)
-        ∂L/∂scale = Σ g·t(x)·unit                                         over the row
-        ∂L/∂β     = −Σ g·(scale·unit)·sign(x)/(2Δ)·dΔ/dβ, |x| < 2Δ        t as a ramp of width 2Δ about Δ
+        ∂L/∂u     = g·(scale·unit)                                        (straight through)
+        ∂L/∂scale = Σ g·t(u)·unit                                         over the row
+        ∂L/∂β     = −Σ g·(scale·unit)·sign(u)/(2Δ)·dΔ/dβ, |u| < 2Δ        t as a ramp of width 2Δ about Δ
 
     Paper: Razani et al., "Adaptive Binary-Ternary Quantization", arXiv 1909.12205. When a layer is binary, and the
     gradient of β, are ours.
@@ -47,7 +47,10 @@ class FakeThreshold(Op):
 
     inputs: ClassVar[tuple[str, ...]] = ("x", "beta", "scale?", "unit?")
     training_form: ClassVar[bool] = True
-    attributes: ClassVar[Mapping[str, Attribute]] = {"axes": Attribute(onnx_ir.AttributeType.INTS, (0,))}
+    attributes: ClassVar[Mapping[str, Attribute]] = {
+        "axes": Attribute(onnx_ir.AttributeType.INTS, (0,)),
+        "gain": Attribute(onnx_ir.AttributeType.INT, 1),
+    }
 
     def variant(self, node: onnx_ir.Node) -> str:
         """How the scale meets the weight."""
@@ -55,7 +58,7 @@ class FakeThreshold(Op):
 
     def body(self, op: Body, node: onnx_ir.Node) -> onnx_ir.Value:
         """Compare with Δ, or with 0 where all of x is binary."""
-        x = op.input("x")
+        x = _levels.amplified(op)
         beta = op.Cast(op.input("beta"), to=onnx_ir.DataType.FLOAT)
         one, zero = _levels.number(op, 1, x), _levels.number(op, 0, x)
         held = op.Clip(beta, op.constant(LOWEST, np.float32), op.constant(HIGHEST, np.float32))
@@ -73,10 +76,10 @@ class FakeThreshold(Op):
         """The same forward with the gradients of the class docstring."""
         from mc_opt.ir.ops import _fake_levels_torch as reference  # torch is an extra
 
-        geometry = _levels.geometry(self, node)
+        geometry, gain = _levels.geometry(self, node), node.attributes["gain"].as_int()
 
         def fake_threshold(x: Any, beta: Any, scale: Any = None, unit: Any = None) -> Any:
-            return reference.scaled(reference.threshold(x, beta), scale, unit, geometry)
+            return reference.scaled(reference.threshold(x * gain, beta), scale, unit, geometry)
 
         return fake_threshold
 
@@ -119,4 +122,4 @@ class FakeThreshold(Op):
 
 def _sample(rng: np.random.Generator, name: str, shape: tuple[int, ...], beta: float, axes: tuple[int, ...]) -> Example:
     x, scale, unit = _levels.sample(rng, shape, axes)
-    return Example(name, (x, np.array(beta, np.float32), scale, unit), {"axes": axes})
+    return Example(name, (x, np.array(beta, np.float32), scale, unit), {"axes": axes, "gain": 2})

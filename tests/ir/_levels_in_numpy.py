@@ -11,6 +11,7 @@ from mc_opt.ir.op import Example
 def draw_to_levels(example: Example) -> np.ndarray:
     """FakeProx, element by element."""
     x, sharpness, *factors = example.inputs
+    x = x * example.attributes.get("gain", 1)
     transform, levels = example.attributes.get("transform", 0), np.linspace(-1, 1, example.attributes.get("levels", 2))
     y, k, h = np.empty_like(x), float(sharpness), 1 / (levels.size - 1)
     for place, value in np.ndenumerate(x.astype(float)):
@@ -31,6 +32,7 @@ def draw_to_levels(example: Example) -> np.ndarray:
 def swish_to_levels(example: Example) -> np.ndarray:
     """FakeSwishSign by σ, as the papers write it."""
     x, sharpness, hard, *factors = example.inputs
+    x = x * example.attributes.get("gain", 1)
     n = example.attributes.get("levels", 2)
     levels, h = np.linspace(-1, 1, n), 1 / (n - 1)
     middle = (levels[1:] + levels[:-1]) / 2
@@ -47,6 +49,7 @@ def swish_to_levels(example: Example) -> np.ndarray:
 def cut_below_threshold(example: Example) -> np.ndarray:
     """FakeThreshold, element by element."""
     x, beta, *factors = example.inputs
+    x = x * example.attributes.get("gain", 1)
     held = min(max(float(beta), np.pi / 4), np.pi / 2 - 1e-3)
     delta = 1 / (1 + np.sqrt(np.tan(held)))
     if beta > np.pi / 2 - 0.05 or (np.abs(x) < delta).mean() < 0.05:

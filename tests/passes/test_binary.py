@@ -128,7 +128,9 @@ def test_latents_times_scale_and_unit_are_the_weight(dtype: type) -> None:
     w[2] *= dtype(2e-4)
     latent, scale, unit = _binary.latents(w, _binary.mean_scale(w))
     assert latent.dtype == scale.dtype == unit.dtype == dtype
-    np.testing.assert_allclose(latent * (scale * unit), w, rtol=2e-3 if dtype == np.float16 else 1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        latent * _binary.GAIN * (scale * unit), w, rtol=2e-3 if dtype == np.float16 else 1e-6, atol=1e-7
+    )
     assert scale[:, 0].tolist() == [1, 0, 1, 1], "a row of zeros stays 0"
 
 
