@@ -112,7 +112,9 @@ class Walk:
         return [self.fresh(d) if isinstance(d, int) and d > 1 else ONE for d in dims]
 
     def visit(self, node: onnx_ir.Node) -> None:
-        """Apply the rule of a node's op."""
+        """Apply the rule of a node's op; what a Constant holds is looked at where it is used."""
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            return
         rule = find_rule(node)
         made = None if rule is None or _is_unknown(node) else rule(self, node)
         if made is None:
