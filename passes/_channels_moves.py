@@ -73,7 +73,7 @@ def flatten(walk: Walk, node: onnx_ir.Node) -> Axes:
 
 
 def reshape(walk: Walk, node: onnx_ir.Node) -> Axes | None:
-    """Axes that stay, axes that become one, and those that are cut up, which stay whole."""
+    """Axes that stay, axes that become one, and axes that are cut up."""
     x = _first(node)
     if whole_numbers(node, 1) is None:
         return walk.opaque(node, _says(node, "computes its shape; run fold-constants first"))
@@ -86,10 +86,23 @@ def reshape(walk: Walk, node: onnx_ir.Node) -> Axes | None:
             axis = merged(walk, axes, dims, _says(node, "mixes it with another axis"))
             made += [ONE if d == 1 else axis for d in target]
             continue
-        for axis in axes:
-            walk.fix(axis, _says(node, "cuts it up"))
-        made += [ir.Skip(_says(node, "cuts it up")) for _ in target]
+        made += _cut_up(walk, node, axes, target)
     return [made]
+
+
+def _cut_up(walk: Walk, node: onnx_ir.Node, axes: Sequence[Axis], target: Dims) -> list[Axis]:
+    """One axis becomes several: what lies under one position of the first, a head of attention, goes as a whole."""
+    why = _says(node, "cuts it up")
+    lead = next((d for d in target if d != 1), 1)
+    if len(axes) > 1 or isinstance(axes[0], ir.Skip) or not isinstance(lead, int):
+        for axis in axes:
+            walk.fix(axis, why)
+        return [ir.Skip(why) for _ in target]
+    parts = axes[0].reshape(lead, -1)
+    for column in parts.T[1:]:
+        walk.tie(parts[:, 0], column)
+    first = next(k for k, d in enumerate(target) if d != 1)
+    return [parts[:, 0] if k == first else ir.Skip(why) for k in range(len(target))]
 
 
 def _blocks(old: Dims, new: Dims) -> Iterator[tuple[slice, slice]]:

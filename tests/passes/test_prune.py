@@ -96,6 +96,36 @@ def test_hidden_units_go(op: str, direction: str) -> None:
     same_in_torch(half)
 
 
+ATTENTION = """
+net (float[1,5,6] x) => (float[1,5,6] y)
+<float[6,8] wq, float[8] bq, float[6,8] wk, float[6,8] wv, float[8,6] wo, int64[4] cut = {1, 5, 4, 2},
+ int64[3] join = {0, 0, -1}>
+{
+  q = MatMul (x, wq) qb = Add (q, bq) k = MatMul (x, wk) v = MatMul (x, wv)
+  q4 = Reshape (qb, cut) k4 = Reshape (k, cut) v4 = Reshape (v, cut)
+  qt = Transpose <perm = [0,2,1,3]> (q4) kt = Transpose <perm = [0,2,3,1]> (k4) vt = Transpose <perm = [0,2,1,3]> (v4)
+  s = MatMul (qt, kt) p = Softmax <axis = -1> (s) o = MatMul (p, vt)
+  ot = Transpose <perm = [0,2,1,3]> (o)
+  j = Reshape (ot, join)
+  y = MatMul (j, wo)
+}
+"""
+
+
+def test_heads_of_attention_go_whole() -> None:
+    source = model(ATTENTION)
+    group = channels_of(source).groups[0]
+    assert group.layers == ("wq", "wk", "wv") and len(group.units) == 4 and group.reason is None
+    removed = np.array([False, True, True, False])
+    small = compact(source, removed)
+    agree(masked(source, removed), small)
+    assert small.graph.initializers["wo"].shape == (4, 6)
+    assert cost_of(source, channels_of(source), "macs", find_target("x86").price).of(1.0 - removed) == multiply_adds(
+        small
+    )
+    same_in_torch(small)
+
+
 def test_nothing_removed_changes_no_byte() -> None:
     source = model(random_net(0))
     assert to_bytes(compact(source, np.zeros(channels_of(source).count, bool))) == to_bytes(source)
