@@ -68,7 +68,7 @@ def settings(model: onnx_ir.Model, pass_name: str, progress: float) -> dict[str,
 def weight_form(
     model: onnx_ir.Model, site: ir.WeightSite, ctx: Context, *, method: str, levels: int, by: tuple[str, str]
 ) -> None:
-    """Put the training form of a weight into the graph: latents of size 1, a scale and a unit a row."""
+    """Put the training form of a weight into the graph: latents, a scale and a unit a row."""
     matrix = np.asarray(ir.canonical(ctx.weight(site.value), site.axes))
     alpha = _binary.mean_scale(matrix) if levels == 2 else _binary.ternary_scale(matrix)
     latent, scale, unit = _binary.latents(matrix, alpha)

@@ -1,6 +1,6 @@
 """What draws latents to levels: the regularisers of BNN+, Foothill and Smart Quantization, on tensors of any kind.
 
-Each is the mean over a layer's latents u, of size 1 (`_binary.latents`), so that its weight fits layers of any size.
+Each is the mean over a layer's u, of size 1 (GAIN times the latents), so that its weight fits layers of any size.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ training that is what is stored. `method` chooses the pair (F, B).
 Papers: Dockhorn et al., "Demystifying and Generalizing BinaryConnect", NeurIPS 2021 (bc, pc); Lu et al., "Understanding
 Neural Network Binarization with Forward and Backward Proximal Quantizers", NeurIPS 2023 (pcpp, bnnpp); Darabi et al.,
 "Regularized Binary Network Training", arXiv 1812.11800 (bnnplus); Belbahri et al., "Foothill", arXiv 1901.06414. The
-schedules, latents of size 1, and where an activation is binarised are ours.
+schedules, the size of latents, and where an activation is binarised are ours.
 """
 
 from __future__ import annotations

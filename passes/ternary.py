@@ -2,7 +2,7 @@
 
     ŵ = s·t(u),  t(u) = 0 where −½ ≤ u < ½, else sign(u)
 
-The latents u start as w/α and the trained scale s as α, with the α of each row that minimises ‖w − α·t‖²; without
+u starts as w/α and the trained scale s as α, with the α of each row that minimises ‖w − α·t‖²; without
 training that is what is stored. `method` chooses the maps of the forward and the backward pass, as for binary.
 
 Papers: Dockhorn et al., "Demystifying and Generalizing BinaryConnect", NeurIPS 2021 (bc, pc); Lu et al., "Understanding
