@@ -63,7 +63,7 @@ METHODS = {
     "float": Method("fine-tune", None, "the float network, trained on alike"),
     "denseshift": Method("denseshift{bits=3}", 0.5, "DenseShift, 3 bits"),
     "s3": Method("s3{bits=3}", 0.5, "S3, 3 bits"),
-    "sekron": Method("sekron{ratio=0.25}", 1.0, "SeKron, a quarter of the parameters"),
+    "sekron": Method("sekron{ratio=0.23}", 1.0, "SeKron, a quarter of all parameters"),
     "ternary": Method("ternary", 1.0, "ternary weights"),
     "smart-quant": Method("smart-quant", 1.0, "binary or ternary weights, by layer"),
     "binary": Method("binary", 1.5, "binary weights"),
