@@ -78,7 +78,7 @@ def start(masks: Masks, order: Mapping[str, np.ndarray], share: float, *, lr: fl
         values[units] = order[name].reshape(-1)
     masked = np.unique(np.concatenate(list(masks.thetas.values())))
     low, high = masked[gone[masked]], masked[~gone[masked]]
-    span = _SPAN * lr
+    span = span_of(lr)
     thetas = np.zeros(masks.count, np.float32)
     thetas[low] = span * (ranks(values[low]) - 1)
     thetas[high] = span * ranks(values[high])
@@ -94,8 +94,8 @@ def settings_at(span: float, progress: float) -> tuple[float, float]:
 
 
 def span_of(lr: float) -> float:
-    """The range of θ to one side of 0."""
-    return _SPAN * lr
+    """The range of θ to one side of 0; of any size where nothing moves."""
+    return _SPAN * (lr or 1.0)
 
 
 def penalty_of(masks: Masks, thetas: Mapping[str, np.ndarray], span: float) -> Penalty:

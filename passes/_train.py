@@ -89,7 +89,8 @@ class _Fit:
         self.student.module.to(self.device)
         self.batchable = is_batchable(self.student, samples, self.device, ctx)
         if not self.batchable:
-            ctx.note("", "the model does not take several samples at a time: they run one after another")
+            alone = "the model does not take several samples at a time: they run one after another"
+            ctx.note("", f"{alone}; exported with an open batch it would train faster")
             data = self._opened(training.data)
         self.data, self.held_out = self._divided(data)
         self.teacher = None

@@ -113,13 +113,11 @@ def main_output(task: Task, name: str = "") -> onnx_ir.Value:
     """The output `name`, or the first that holds scores of classes, or else the first.
 
     Raises:
-        OptionError: when there is none; known ones are listed.
+        OptionError: when there is none of that name, or none at all; known ones are listed.
     """
     known = task.outputs()
     if name and name not in known:
         raise ir.OptionError(f"labels: {ir.unknown('output', name, known)}")
-    if not known:
-        raise ir.OptionError("the model has no output of floating point, so nothing can be trained by its outputs")
     scores = (v for v in known.values() if reading(v).meaning != "values")
     return known[name] if name else next(scores, next(iter(known.values())))
 

@@ -162,10 +162,9 @@ def is_batchable(student: Student, samples: Sequence[Batch], device: torch.devic
     shapes = {name: tensor.shape for name, tensor in first.inputs.items()}
     second = next((s for s in others if {n: t.shape for n, t in s.inputs.items()} == shapes), first)
     with student.judged(0.0):
-        feeds = [b.to(device).inputs for b in (first, second, join([first, second]))]
-        alone = [run(student.module, student.module, inputs, ctx) for inputs in feeds[:2]]
+        alone = [run(student.module, student.module, b.to(device).inputs, ctx) for b in (first, second)]
         try:
-            both = run(student.module, student.module, feeds[2], ctx)
+            both = run(student.module, student.module, join([first, second]).to(device).inputs, ctx)
         except (RuntimeError, IndexError, ValueError, ir.IRError):  # shapes that hold a batch of 1
             return False
     return all(_is_joined(both[name], alone[0][name], alone[1][name]) for name in both)

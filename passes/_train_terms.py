@@ -40,8 +40,15 @@ class Task:
         return self.model if self.reference is None else self.reference
 
     def outputs(self) -> dict[str, onnx_ir.Value]:
-        """The float outputs of the original by name."""
-        return {str(v.name): v for v in self.original.graph.outputs if is_float(v)}
+        """The float outputs of the original by name.
+
+        Raises:
+            OptionError: when there are none.
+        """
+        found = {str(v.name): v for v in self.original.graph.outputs if is_float(v)}
+        if not found:
+            raise ir.OptionError("the model has no output of floating point, so nothing can be trained by its outputs")
+        return found
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ def batch_axes(model: onnx_ir.Model, states: Mapping[str, str]) -> dict[str, int
     """The axis of each input that counts samples; None for a scalar, which all samples of a batch share.
 
     An input counts samples along its first axis where that is open or 1. A recurrent state counts them along the
-    axis with the name that an input's first axis has, else where the recurrent op that reads it does, else first.
+    axis with the name that an input's first axis has, else where the recurrent op that reads it does, else along their
+    first axis of 1.
     That the model computes each sample as if it were alone is not looked at.
 
     Args:
@@ -47,7 +48,9 @@ def _state_axis(value: onnx_ir.Value, names: set[str | None]) -> int:
     if named:
         return named[0]
     recurrent = any(slot in _RECURRENT.get(node.op_type, ()) for node, slot in readers_of(value))
-    return _RECURRENT_AXIS if recurrent and len(dims) > _RECURRENT_AXIS else 0
+    if recurrent and len(dims) > _RECURRENT_AXIS:
+        return _RECURRENT_AXIS
+    return next((i for i, d in enumerate(dims) if _is_open(d)), 0)
 
 
 def _is_open(dim: int | onnx_ir.SymbolicDim) -> bool:

@@ -43,12 +43,14 @@ def interpret(model: onnx_ir.Model, *, training: bool = False, taps: Sequence[st
     Args:
         model: the model.
         training: make each BatchNormalization a module that takes the statistics of the batch in training mode, and
-            keeps its own, which are buffers then, as running means.
+            keeps its own, which are buffers then, as running means; keep Parameters in fp32 and round them at every
+            use, as half precision has no room for small steps.
         taps: names of values of the main graph that forward returns after the outputs.
 
     Each initialiser is stored once: as a Parameter when it is floating point and feeds an ordinary op or a training
-    form, as a buffer when it is whole numbers, a setting (a bound of Clip, an exponent), or feeds only stored forms
-    such as Lookup. Every fx node that stands for a value has that value's name as `node.meta["onnx"]`.
+    form, as a buffer when it is whole numbers, a number of a formula (an epsilon, an exponent, a bound of Clip), a mask
+    of infinities, or feeds only stored forms such as Lookup. Every fx node that stands for a value has that value's
+    name as `node.meta["onnx"]`.
 
     Raises:
         IRError: for an op without a torch meaning; the text names the node and the file where it would live. For a
@@ -77,7 +79,11 @@ def learned(model: onnx_ir.Model) -> tuple[str, ...]:
     """The initialisers that `interpret(model, training=True)` makes parameters, in the order of the model."""
     values = (value for graph in model.graphs() for value in graph.initializers.values())
     floats = (v for v in values if v.dtype is not None and v.dtype.is_floating_point())
-    return tuple(str(v.name) for v in floats if v.is_graph_output() or any(_trains(n, i, True) for n, i in v.uses()))
+    return tuple(
+        str(v.name)
+        for v in floats
+        if v.const_value is not None and _is_trained(v, to_torch(v.const_value), training=True)
+    )
 
 
 class _Builder:
@@ -88,6 +94,7 @@ class _Builder:
         self.training = training
         self.root = torch.nn.Module()
         self.tensors: dict[str, str] = {}
+        self.rounded: dict[str, torch.dtype] = {}  # by torch name, what a tensor is used in
         self._targets: dict[onnx_ir.Value, str] = {}
         # By identity, as attributes have no hash; each is held here, so that its identity stays its own.
         self._constants: dict[int, tuple[onnx_ir.Attr, str]] = {}
@@ -99,7 +106,11 @@ class _Builder:
             if value.const_value is None:
                 raise IRError(f"{value.name}: no node, input or initialiser makes this value; check the model")
             tensor = to_torch(value.const_value)
-            name = self._store(value.name or "constant", tensor, trained=_is_trained(value, tensor, self.training))
+            trained = _is_trained(value, tensor, training=self.training)
+            half = self.training and trained and tensor.dtype in (torch.float16, torch.bfloat16)
+            name = self._store(value.name or "constant", tensor.float() if half else tensor, trained=trained)
+            if half:
+                self.rounded[name] = tensor.dtype
             self._targets[value] = name
             self.tensors[name] = value.name or ""
         return self._targets[value]
@@ -179,6 +190,8 @@ class _Scope:
         name = key if isinstance(key, str) else self.builder.initialiser(key)
         node = self.graph.get_attr(name)
         node.meta["onnx"] = self.builder.tensors.get(name, name)
+        if name in self.builder.rounded:
+            return self.graph.call_method("to", (node, self.builder.rounded[name]))
         return node
 
     def taps(self, names: Sequence[str]) -> list[torch.fx.Node]:
@@ -320,15 +333,17 @@ class _Scope:
         self._define_outputs(node, called, is_tuple=True)
 
 
-def _is_trained(value: onnx_ir.Value, tensor: torch.Tensor, training: bool) -> bool:
-    return tensor.is_floating_point() and (
-        value.is_graph_output() or any(_trains(node, index, training) for node, index in value.uses())
-    )
+def _is_trained(value: onnx_ir.Value, tensor: torch.Tensor, *, training: bool) -> bool:
+    used = value.is_graph_output() or any(_trains(node, index, training) for node, index in value.uses())
+    return used and tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
 def _trains(node: onnx_ir.Node, index: int, training: bool) -> bool:
     if node.domain == DOMAIN:
         return find_op(node.op_type).learns(node, index)
+    value = node.inputs[index]
+    if value is not None and value.shape is not None and not value.shape:
+        return False  # a number of a formula: a step below 0 of an epsilon makes NaN of what was near it
     if training and node.op_type == "BatchNormalization" and index in (3, 4):
         return False  # running statistics follow the batches, no gradient
     return index not in _SETTINGS.get(node.op_type, ())

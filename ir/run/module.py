@@ -84,12 +84,14 @@ def state_to_model(module: torch.fx.GraphModule, model: onnx_ir.Model) -> int:
         old = initialisers[name].const_value if name in initialisers else None
         if old is None:
             raise IRError(f"{name}: the module has this tensor, the model has no such initialiser")
-        new = to_array(parameter)
+        before = to_torch(old)
+        tensor = parameter.detach().cpu().to(before.dtype)  # training keeps half precision in fp32
+        new = to_array(tensor)
         if new.shape != tuple(old.shape.numpy()):
             raise IRError(
                 f"{name}: the module's tensor has shape {new.shape}, the initialiser {tuple(old.shape.numpy())}"
             )
-        if torch.equal(parameter.detach().cpu(), to_torch(old)):
+        if torch.equal(tensor, before):
             continue
         initialisers[name].const_value = onnx_ir.Tensor(new, dtype=old.dtype, name=name)
         count += 1

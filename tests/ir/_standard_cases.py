@@ -64,6 +64,7 @@ ELEMENTWISE = [
     *(case(op, f(3, 4)) for op in ("Relu", "Sigmoid", "Sign", "Sin", "Sinh", "Cosh", "Softplus", "Softsign", "Tan")),
     *(case(op, f(3, 4)) for op in ("Tanh", "Atan", "Asinh")),
     *(case(op, f(3, 4, low=0.2)) for op in ("Log", "Reciprocal", "Sqrt")),
+    case("Sqrt", np.array([0, 0.25, 4], np.float32), note="zero"),
     *(case(op, f(3, 4, low=-0.9, high=0.9)) for op in ("Acos", "Asin", "Atanh")),
     case("Acosh", f(3, 4, low=1.1)),
     case("Round", np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.4], np.float32)),

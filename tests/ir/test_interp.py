@@ -101,6 +101,17 @@ def test_whole_numbers_and_settings_are_buffers() -> None:
     assert sorted(names(module).tensors.values()) == ["hi", "lo", "shape", "two"]
 
 
+def test_numbers_of_a_formula_and_masks_are_buffers() -> None:
+    text = """
+        g (float[2,3] x) => (float[2,3] y) <float eps = {0.1}, float[1] gain = {2}>
+        { a = Add(x, eps)  s = Mul(a, gain)  y = Add(s, mask) }
+    """
+    model = parse(text, mask=np.array([[0, -np.inf, 0]], np.float32))
+    module = check(model, x=f(2, 3))
+    assert [names(module).tensors[name] for name, _ in module.named_parameters()] == ["gain"]
+    assert ir.learned(model) == ("gain",)
+
+
 def test_an_input_is_checked_by_name() -> None:
     module = interpret(parse(AFFINE))
     with pytest.raises(ir.DataError, match="input 'x': missing; expected x"):

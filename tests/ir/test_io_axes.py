@@ -29,7 +29,8 @@ def axes(inputs: str, states: dict[str, str] | None = None) -> dict[str, int | N
         ("float[4, 3] x", {}, None),
         ("float[n, 3] x, float[2, n, 4] h", {"y": "h"}, {"x": 0, "h": 1}),
         ("float[1, 3] x, float[1, 4] h", {"y": "h"}, {"x": 0, "h": 0}),
-        ("float[1, 3] x, float[2, 1, 4] h", {"y": "h"}, None),
+        ("float[1, 3] x, float[2, 1, 4] h", {"y": "h"}, {"x": 0, "h": 1}),
+        ("float[1, 3] x, float[2, 4] h", {"y": "h"}, None),
     ],
 )
 def test_axes(inputs: str, states: dict[str, str], expected: dict[str, int | None] | None) -> None:

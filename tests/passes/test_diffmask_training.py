@@ -42,3 +42,10 @@ def test_a_run_removes_what_it_judged(tmp_path: Path, spec: str) -> None:
         mc_opt.build(fixed, "x86", tmp_path / "artefact")
         got = mc_opt.load(tmp_path / "artefact").run({"x": held["x"][:2]})["y"]
         np.testing.assert_allclose(got, scores[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_rate_of_0_moves_nothing_and_removes_the_share(tmp_path: Path) -> None:
+    training = passes.Training(data=stripes(tmp_path), epochs=1, batch_size=64, lr=0.0, loss="labels")
+    parsed = passes.Pipeline.parse("diffmask")
+    trained = passes.run(model(NET), parsed, passes.Context(training=training), check="structure").report
+    assert trained.after == passes.run(model(NET), parsed, passes.Context(), check="structure").report.after

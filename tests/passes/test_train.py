@@ -305,6 +305,17 @@ def test_attention_and_embeddings_train(tmp_path: Path) -> None:
     assert "table" in {v.name for node in after.graph for v in node.outputs}
 
 
+@pytest.mark.parametrize("spec", ["fine-tune", "denseshift{bits=3 skip=}"])
+def test_half_precision_is_trained_in_fp32(spec: str) -> None:
+    text = "half (float16[N,32] x) => (float16[N,16] y) <float16[32,16] w> { y = MatMul (x, w) }"
+    data = {"x": np.random.default_rng(0).standard_normal((64, 32)).astype(np.float16)}
+    after, report = trained(spec, data, text, loss="output", weight_decay=0.1)
+    told = report_of(report)
+    assert np.isfinite([epoch.held_out for epoch in told.epochs]).all()
+    y = ir.Session(after).run(data)["y"]
+    assert y.dtype == np.float16 and np.isfinite(y).all()
+
+
 def test_passes_train_one_by_one_or_together(tmp_path: Path) -> None:
     text = NET.replace("conv_w,", "conv_w, float[64,8,3,3] wide_w, float[64,64,3,3] second_w,").replace("4,8]", "4,64]")
     convs = "e = Conv <pads: ints = [1,1,1,1]> (r, wide_w) d = Conv <pads: ints = [1,1,1,1]> (e, second_w)"
@@ -330,6 +341,17 @@ def test_samples_that_influence_each_other_run_alone(tmp_path: Path) -> None:
     _, report = trained("denseshift{bits=2 skip=}", tmp_path / "x.npz", text, loss="output", epochs=10, lr=0.01)
     told = report_of(report)
     assert told.start is not None and (told.epochs[-1].held_out or 0) < (told.start.held_out or 0)
+    assert any("one after another" in note for _, note in report.passes[0].notes)
+
+
+def test_inputs_of_fixed_sizes_beside_a_scalar_run_alone(tmp_path: Path) -> None:
+    text = """
+    fixed (float[1,3] x, float k, float[2,3] h) => (float[2,2] y) <float[3,2] w>
+    { a = Add (x, h) s = Mul (a, k) y = MatMul (s, w) }
+    """
+    rng = np.random.default_rng(0)
+    data = {"x": rng.random((8, 3)), "k": rng.random(8), "h": rng.random((8, 2, 3))}
+    _, report = trained("fine-tune", {k: v.astype(np.float32) for k, v in data.items()}, text, loss="output")
     assert any("one after another" in note for _, note in report.passes[0].notes)
 
 

@@ -264,6 +264,9 @@ def test_next_token_is_the_input_shifted_by_one() -> None:
     close(value(loss, s, inputs={"ids": ids, "attention_mask": mask}), expected)
 
 
+CLASSES = "m (float[N,3] x) => (int64[N,1] y) { y = ArgMax <axis: int = 1> (x) }"
+
+
 @pytest.mark.parametrize(
     ("text", "source", "label", "reason"),
     [
@@ -272,6 +275,7 @@ def test_next_token_is_the_input_shifted_by_one() -> None:
         ("labels{kind=cross-entropy}", LOGITS, 0.5, "type float64, expected whole numbers"),
         ("labels{kind=ctc}", LOGITS, [1], "kind=ctc needs an output of rank 3"),
         ("labels{output=z}", LOGITS, 1, "unknown output 'z'"),
+        ("output", CLASSES, None, "no output of floating point"),
         ("labels{kind=next-token}", FRAMES, None, "finds no single input of tokens among none"),
         ("labels{kind=next-token input=id}", LANGUAGE, None, "unknown input of whole numbers 'id'; did you mean 'ids'"),
     ],

@@ -19,6 +19,12 @@ def _mod(a: torch.Tensor, b: torch.Tensor, *, fmod: int = 0) -> torch.Tensor:
     return torch.fmod(a, b) if fmod else torch.remainder(a, b)
 
 
+def _sqrt(x: torch.Tensor) -> torch.Tensor:
+    """√x, whose gradient at 0 is 0: the infinite one makes NaN of √(a² + b²), the magnitude of a silent spectrum."""
+    root = torch.sqrt(torch.where(x == 0, 1, x)) if x.requires_grad else torch.sqrt(x)
+    return torch.where(x == 0, x.detach(), root) if x.requires_grad else root
+
+
 def _power(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.pow(x, y).to(x.dtype)
 
@@ -213,7 +219,7 @@ HANDLERS: dict[str, Callable[..., torch.Tensor]] = {
     "Sinh": torch.sinh,
     "Softplus": softplus,
     "Softsign": softsign,
-    "Sqrt": torch.sqrt,
+    "Sqrt": _sqrt,
     "Sub": widened(torch.sub),
     "Sum": _sum,
     "Swish": _swish,
