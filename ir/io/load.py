@@ -53,9 +53,10 @@ def load_model(
 ) -> onnx_ir.Model:
     """Read an ONNX file and bring it to the form that passes work on.
 
-    Initialisers are no longer inputs, Constant tensors of 16 elements and more are initialisers, the opset is
-    21 or newer, every node and every output has a name of its own, types and shapes are inferred. External data
-    is memory-mapped. Functions of our own ops are made anew. `model.meta["mc_opt.source"]` holds the `Source`.
+    Initialisers are no longer inputs, Constants of 16 elements and more, and all of floats but scalars, are
+    initialisers, the opset is 21 or newer, every node and every output has a name of its own, types and shapes are
+    inferred. External data is memory-mapped. Functions of our own ops are made anew. `model.meta["mc_opt.source"]`
+    holds the `Source`.
 
     Args:
         path: the file.
@@ -90,6 +91,7 @@ def prepare(
         except IRError as error:
             raise IRError(f"{where}: {error}") from error
     part_outputs(model.graph)
+    _lift_weights(model)
     _name_nodes(model)
     if shapes:
         fix_shapes(model, shapes)
@@ -122,6 +124,23 @@ def copy_output(graph: onnx_ir.Graph, index: int, name: str) -> None:
     copy.name, copy.type, copy.shape = name, value.type, value.shape
     graph.append(node)
     graph.outputs[index] = copy
+
+
+def _lift_weights(model: onnx_ir.Model) -> None:
+    """Make an initialiser of each Constant of floats that is no scalar: a bias is a weight, however short."""
+    for node in list(model.graph.all_nodes()):
+        given = node.attributes.get("value") if node.op_type == "Constant" else None
+        tensor = given.as_tensor() if given is not None else None
+        if tensor is None or tensor.dtype not in _FLOATS or not len(tensor.shape) or node.outputs[0].is_graph_output():
+            continue
+        old, graph = node.outputs[0], node.graph
+        assert isinstance(graph, onnx_ir.Graph)
+        shape = onnx_ir.Shape(tensor.shape.numpy())
+        new = onnx_ir.Value(name=old.name, type=onnx_ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+        new.metadata_props.update(old.metadata_props)
+        graph.register_initializer(new)
+        old.replace_all_uses_with(new)
+        graph.remove(node, safe=True)
 
 
 def check_finite(model: onnx_ir.Model, where: str) -> None:
