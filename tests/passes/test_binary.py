@@ -170,6 +170,7 @@ def test_layers_may_use_other_methods() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_is_what_is_stored(method: str) -> None:
     source = model(NET)
     goal = ir.Session(source).run(inputs())["y"]
@@ -314,6 +315,7 @@ def test_layers_without_batch_norm_are_warned_about() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_weights_and_activations_train_and_are_what_is_stored(method: str) -> None:
     source = model(NET)
     goal = ir.Session(source).run(inputs())["y"]

@@ -10,7 +10,7 @@ import pytest
 from mc_opt import ir, passes
 from tests._harness import model
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 pytest.importorskip("torch")
 
 NET = """

@@ -12,7 +12,7 @@ from mc_opt import ir, passes
 from tests._harness import model, same_in_torch
 from tests.passes.test_binary_training import NET, stripes
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 pytest.importorskip("torch")
 
 

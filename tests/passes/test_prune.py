@@ -288,6 +288,8 @@ def test_options_that_exclude_each_other() -> None:
             passes.Pipeline.parse(spec)
 
 
+@pytest.mark.slow
+@pytest.mark.tvm
 def test_the_artefact_gives_the_same_numbers(tmp_path: Path) -> None:
     small, _ = apply("prune", model(random_net(5)))
     mc_opt.build(small, "x86", tmp_path / "artefact")

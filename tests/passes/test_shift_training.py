@@ -14,7 +14,7 @@ from mc_opt.ir.run import interp, module
 from tests._harness import apply, model, same_in_torch
 from tests.passes.zoo import ZOO
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 torch = pytest.importorskip("torch")
 
 CNN = """cnn (float[16,3,6,6] x) => (float[16,5] y)

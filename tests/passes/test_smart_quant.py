@@ -144,6 +144,7 @@ def test_each_layer_has_the_bits_that_its_beta_asks_for() -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_is_what_is_stored() -> None:
     source = model(NET)
     goal = ir.Session(source).run(inputs())["y"]
@@ -159,6 +160,7 @@ def test_training_lowers_the_loss_and_is_what_is_stored() -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_gamma_pushes_to_one_bit() -> None:
     source = model(NET)
     goal = ir.Session(source).run(inputs())["y"]

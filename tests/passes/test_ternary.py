@@ -62,6 +62,7 @@ def test_without_training_a_weight_becomes_its_nearest_levels() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_is_what_is_stored(method: str) -> None:
     source = model(NET)
     goal = ir.Session(source).run(inputs())["y"]

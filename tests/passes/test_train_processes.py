@@ -53,7 +53,11 @@ def run(folder: Path, spec: str, out: Path, processes: int) -> dict[str, object]
     return told
 
 
-@pytest.mark.parametrize("spec", ["fine-tune", "denseshift{bits=3 skip=}"])
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "spec", ["fine-tune", pytest.param("denseshift{bits=3 skip=}", marks=pytest.mark.ci, id="denseshift")]
+)
 def test_two_processes_equal_one(tmp_path: Path, spec: str) -> None:
     patterns(tmp_path)
     mc_opt.save_model(model(NET), tmp_path / "net.onnx")

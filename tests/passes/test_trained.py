@@ -54,6 +54,8 @@ def trained(spec: str, folder: Path) -> tuple[object, passes.Report]:
     return result.model, result.report
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("spec", CASES)
 def test_it_trains_converts_and_runs_the_same_in_torch(tmp_path: Path, spec: str) -> None:
     made, report = trained(spec, tmp_path)
@@ -68,6 +70,7 @@ def test_it_trains_converts_and_runs_the_same_in_torch(tmp_path: Path, spec: str
     np.testing.assert_allclose(value, expected, atol=1e-4 * np.ptp(expected))
 
 
+@pytest.mark.slow
 # A training this short leaves masks above their budget, which convert then meets.
 @pytest.mark.parametrize("spec", [spec for spec in CASES if "diffmask" not in spec])
 def test_the_figures_on_held_out_samples_are_those_of_what_is_stored(tmp_path: Path, spec: str) -> None:
