@@ -178,6 +178,14 @@ CASES = (
         options={"lr": 3e-3, "parameters": _SCALES, "loss": _LAYERS},
     ),
     Case(
+        "efficientnet-lite0-codes",
+        "efficientnet-lite0",
+        f"fold-batch-norm,denseshift{{bits=4 spread=1 skip={_DENSE}}}",
+        steps=185,
+        batch_size=16,
+        options={"lr": 2e-3, "parameters": ("forms", *_SCALES[1:]), "loss": _LAYERS},
+    ),
+    Case(
         "minilm-kron-shift",
         "minilm",
         "kron{ratio=0.5}",
