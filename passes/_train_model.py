@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ class Student:
         trained: parameters that are trained, by ONNX name, in the order of the module.
         values: all parameters and floating-point buffers by ONNX name: what penalties see.
         norms: the BatchNormalizations.
+        frozen_from: the share of the training from which on they keep their running statistics; above 1 they never do.
     """
 
     module: torch.fx.GraphModule
@@ -38,6 +40,7 @@ class Student:
     trained: dict[str, torch.nn.Parameter]
     values: dict[str, torch.Tensor]
     norms: tuple[torch.nn.Module, ...]
+    frozen_from: float
     _penalties: list[object] = field(default_factory=list)
 
     @classmethod
@@ -58,13 +61,16 @@ class Student:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in chosen)
         norms = tuple(m for m in module.modules() if hasattr(m, "restart") and hasattr(m, "frozen"))
-        for norm in norms:
-            norm.frozen = training.batch_norm == "frozen"
         trained = {name: p for name, p in parameters.items() if name in chosen}
-        return cls(module, steps, model, trained, parameters | buffers, norms, [s.penalty(model) for s in steps])
+        share = 1.0 if training.batch_norm == "frozen" else training.freeze_statistics
+        penalties: list[object] = [step.penalty(model) for step in steps]
+        values = parameters | buffers
+        return cls(module, steps, model, trained, values, norms, 1 - share if share else math.inf, penalties)
 
     def set_progress(self, progress: float) -> None:
-        """Give every setting its value at this share of the training."""
+        """Give every setting its value at this share of the training, and freeze statistics when it is time."""
+        for norm in self.norms:
+            norm.frozen = progress >= self.frozen_from
         for step in self.steps:
             for name, value in step.settings(self.model, progress).items():
                 self.values[name].detach().fill_(value)

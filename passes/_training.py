@@ -53,6 +53,9 @@ class Training:
         precision: of the forward pass; weights and optimizer stay fp32.
         loss: terms as in `output,layers{weight=0.5},labels`, or a function (outputs, targets, label) -> tensor.
         batch_norm: whether BatchNormalization trains on the statistics of the batch, or keeps its own.
+        freeze_statistics: the share of the steps, at the end, in which BatchNormalization keeps the running statistics
+            that it has, so that weights settle on what will be stored. Signs of activations need it: those near 0 turn
+            from batch to batch, later statistics of the batch hide that, and running ones do not.
         recalibrate: batches over which its statistics are taken again at the end; 0 leaves them.
         parameters: `forms` trains what the passes made; `all`, or globs of names, others too.
         joint: prepare all trainable passes, train once, convert all; otherwise each is trained when its turn comes.
@@ -78,6 +81,7 @@ class Training:
     precision: Precision = "fp32"
     loss: str | Callable[..., Any] = "output"
     batch_norm: BatchNorm = "batch"
+    freeze_statistics: float = 0.0
     recalibrate: int = 0
     parameters: tuple[str, ...] = ("forms",)
     joint: bool = False
@@ -100,8 +104,9 @@ class Training:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 on")
         if not _is_number(self.holdout) or not 0 <= self.holdout < 1:
             raise ValueError(f"holdout={self.holdout}: expected a share from 0 on and below 1")
-        if not _is_number(self.warmup) or not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup}: expected a share from 0 to 1")
+        for name in ("warmup", "freeze_statistics"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1")
         if self.loss == "":
             raise ValueError("loss is empty: name a term, as in output or labels")
         if not isinstance(self.parameters, tuple) or not self.parameters:

@@ -39,9 +39,10 @@ class Binary(TrainablePass):
     method: the pair of forward and backward maps while training: bc (BinaryConnect), pc (ProxConnect), pcpp
     (ProxConnect++ with Bi-Real's derivative), bnnpp (BNN++), bnnplus (BNN+) or foothill. activations: whether the
     inputs of Conv, MatMul and Gemm become signs too, of the value before a Relu, Clip or HardSwish, which their other
-    users keep; the zeros of a padded Conv stay zeros. regulariser: what draws weights to ±s for bnnplus, |x| (r1) or x²
-    (r2); foothill has its own. strength: how much, at the end of a training; it grows from 0. skip: layer globs;
-    `first` and `last` stand for the first and last Conv, MatMul or Gemm with a constant weight.
+    users keep; the zeros of a padded Conv stay zeros; train such signs with freeze_statistics. regulariser: what draws
+    weights to ±s for bnnplus, |x| (r1) or x² (r2); foothill has its own. strength: how much, at the end of a training;
+    it grows from 0. skip: layer globs; `first` and `last` stand for the first and last Conv, MatMul or Gemm with a
+    constant weight.
     """
 
     family: ClassVar[str] = "quantise"

@@ -73,6 +73,7 @@ ROWS = (
     Row("precision", "fp32|bf16|fp16", "Of the forward pass"),
     Row("loss", "TERMS", "What is minimised, as in 'output,layers{weight=0.5},labels'"),
     Row("batch_norm", "batch|frozen", "Train BatchNorm on the batch's statistics, or keep its own"),
+    Row("freeze_statistics", "SHARE", "Keep its running statistics in that share of the steps, the last ones"),
     Row("recalibrate", "N", "Take its statistics again over N batches at the end"),
     Row("parameters", "LIST", "What is trained: forms (what the passes made), all, or globs of names"),
     Row("joint", "", "Train passes that follow one another together, not one by one"),

@@ -90,6 +90,19 @@ def test_statistics_follow_the_batches_or_stay(tmp_path: Path) -> None:
         assert np.array_equal(before, after) != moves
 
 
+def test_statistics_freeze_for_the_last_steps(tmp_path: Path) -> None:
+    data = patterns(tmp_path)
+
+    def variance(**options: Any) -> np.ndarray:
+        made, _ = trained("fine-tune", data, lr=0.0, **options)
+        return np.asarray(made.graph.initializers["var_bn"].const_value.numpy())
+
+    first_epoch = variance(epochs=1)
+    assert np.array_equal(variance(epochs=2, freeze_statistics=0.5), first_epoch)
+    assert not np.array_equal(variance(epochs=2), first_epoch)
+    assert np.array_equal(variance(freeze_statistics=1.0), variance(batch_norm="frozen"))
+
+
 def test_recalibrated_statistics_are_those_of_the_data(tmp_path: Path) -> None:
     data = patterns(tmp_path)
     after, _ = trained("fine-tune", data, recalibrate=1, batch_size=64, holdout=0.0, lr=0.0)
