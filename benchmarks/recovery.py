@@ -153,7 +153,7 @@ class Case:
             epochs=1,
             batch_size=self.batch_size,
             joint=True,
-            threads=1,
+            threads=2,
             checkpoint=CACHE / f"{self.title(inner)}.checkpoint",
             **self.options,
         )
@@ -181,7 +181,7 @@ CASES = (
         "efficientnet-lite0-codes",
         "efficientnet-lite0",
         f"fold-batch-norm,denseshift{{bits=4 spread=1 skip={_DENSE}}}",
-        steps=185,
+        steps=1400,
         batch_size=16,
         options={"lr": 2e-3, "parameters": ("forms", *_SCALES[1:]), "loss": _LAYERS},
     ),
