@@ -9,6 +9,8 @@ ROOMS := -p mc_opt.ir -p mc_opt.targets -p mc_opt.passes -p mc_opt.tools -p mc_o
 # Added to every pytest run, as in `make test PYTEST_FLAGS=--require-tools`.
 PYTEST_FLAGS ?=
 UNMARKED := not models and not qemu and not browser and not slow and not gpu
+# Test processes: one a core, four at most, as each loads torch.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 # One thread: results and times do not depend on what else runs.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -40,13 +42,13 @@ train: $(STAMP)  ## train the demo's CNN again (the result is in the repository)
 	@$(BIN)/python examples/digits/train.py
 
 test: lint types  ## lint, types, and the unmarked and `ci` tests (10 minutes at most)
-	@$(BIN)/pytest $(PYTEST_FLAGS) -m '($(UNMARKED)) or (ci and not gpu)'
+	@$(PYTEST) $(PYTEST_FLAGS) -m '($(UNMARKED)) or (ci and not gpu)'
 
 check: lint types  ## lint, types and the unmarked tests (90 seconds at most)
-	@$(BIN)/pytest $(PYTEST_FLAGS) -m '$(UNMARKED)'
+	@$(PYTEST) $(PYTEST_FLAGS) -m '$(UNMARKED)'
 
 test-all: lint types  ## every test: all public models, slow, gpu
-	@$(BIN)/pytest $(PYTEST_FLAGS) -m ''
+	@$(PYTEST) $(PYTEST_FLAGS) -m ''
 
 lint: $(STAMP)  ## ruff: rules, fences and format
 	@$(BIN)/ruff check -q .

