@@ -93,6 +93,11 @@ class _Fit:
             ctx.note("", f"{alone}; exported with an open batch it would train faster")
             data = self._opened(training.data)
         self.data, self.held_out = self._divided(data)
+        if training.patience and self.held_out is None:
+            raise ir.OptionError(
+                f"patience={training.patience}: no sample of {data.size} is held out (holdout={training.holdout:g}), "
+                "expected some to judge by; give held_out, or a larger holdout"
+            )
         self.teacher = None
         if self.loss.needs_reference or (self.loss.figure_needs_reference and self.held_out is not None):
             self.teacher = teacher_of(ctx.reference, self.loss.taps, self.device)
@@ -150,6 +155,8 @@ class _Fit:
                         saved = time.monotonic()
                 self._end_epoch()
                 self._save()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
         self._finish()
 
     def _batches(self, epoch: int, *, skip: int = 0) -> Iterator[tuple[Batch, ...]]:
@@ -287,11 +294,12 @@ class _Fit:
     def _keep_best(self) -> None:
         """Remember the parameters of the best epoch, where training may stop early."""
         place = self.position
-        if not self.training.patience or self.held_out is None:
+        if not self.training.patience:
             place.best = place.epoch
             return
         figures = [place.start, *place.epochs]
-        ranked = [(e.metric if e.metric is not None else 0.0, -(e.held_out or 0.0)) for e in figures if e is not None]
+        by_metric = self.loss.metric_is_the_aim
+        ranked = [((e.metric or 0.0) * by_metric, -(e.held_out or 0.0)) for e in figures if e is not None]
         if len(ranked) == 1 or ranked[-1] > ranked[place.best]:
             place.best = len(ranked) - 1
             self.best = {name: tensor.clone() for name, tensor in self.student.state.items()}

@@ -122,11 +122,13 @@ class Loss:
         weights = {name: term.weight for name, term in zip(names, self.terms, strict=True)}
         named = next((term.output for term in self.terms if isinstance(term, Labels) and term.output), "")
         output = main_output(task, named)
+        metric = _metric(self.terms, task, output)
         return BoundLoss(
             bound,
             weights,
             self.needs_reference,
-            _metric(self.terms, task, output),
+            metric,
+            metric == "accuracy" or all(isinstance(term, Output | Layers) for term in self.terms),
             output=str(output.name),
             axis=class_axis(output, reading(output)),
             mask=mask_input(model, "auto"),
@@ -143,6 +145,8 @@ class BoundLoss:
         needs_reference: whether the loss needs the original's outputs and taps.
         metric: what `figure` measures; larger is better. accuracy: the share of rows whose largest score is the
             label's; agreement: the share whose largest is the original's; sqnr_db: of the output.
+        metric_is_the_aim: whether a better metric is a better epoch. Being like the original is no aim where labels of
+            sequences or of numbers, or a function, say what the outputs should be: there a lower loss is better.
         output: the output that is measured.
         axis: its axis that counts the classes.
         mask: the input that is 0 at tokens that do not count.
@@ -152,6 +156,7 @@ class BoundLoss:
     weights: Mapping[str, float]
     needs_reference: bool
     metric: Metric
+    metric_is_the_aim: bool
     output: str
     axis: int
     mask: str | None

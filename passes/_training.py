@@ -59,7 +59,8 @@ class Training:
         recalibrate: batches over which its statistics are taken again at the end; 0 leaves them.
         parameters: `forms` trains what the passes made; `all`, or globs of names, others too.
         joint: prepare all trainable passes, train once, convert all; otherwise each is trained when its turn comes.
-        patience: epochs without a better figure on the held-out samples after which training stops; 0 never does.
+        patience: epochs without a better figure on the held-out samples after which training stops, at the best one;
+            0 never does. The figure is the loss where labels of sequences or numbers, or a function, are the aim.
         device: cpu or cuda; auto takes a GPU that is there.
         checkpoint: a folder; None keeps none. A run that finds its own checkpoint there goes on from it.
         checkpoint_every: seconds between checkpoints; the end of an epoch always makes one.
