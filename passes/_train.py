@@ -85,6 +85,7 @@ class _Fit:
         label = samples[0].label
         loss = Loss.of(training.loss, allow_scripts=ctx.allow_scripts)
         self.loss = loss.bind(model, ctx.reference, label[0].numpy() if label is not None else None)
+        self.loss.hold_classes(data.largest)
         self.student = Student.of(model, steps, training, self.loss.taps)
         self.student.module.to(self.device)
         self.batchable = is_batchable(self.student, samples, self.device, ctx)
@@ -118,7 +119,9 @@ class _Fit:
         """What is trained on and what is held out."""
         training = self.training
         if training.held_out is not None:
-            return data, self._opened(training.held_out)
+            held_out = self._opened(training.held_out)
+            self.loss.hold_classes(held_out.largest)
+            return data, held_out
         if not training.holdout or int(data.size * training.holdout) < 1:
             return data, None
         return split(data, training.holdout, self.ctx.seed)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mc_opt import ir
 from mc_opt.passes._train_batch import Batch, Stacker, join
-from mc_opt.passes._train_label_check import LabelCheck
+from mc_opt.passes._train_label_check import LabelCheck, Largest
 from mc_opt.passes._train_stream import Stream, as_array, hold_loader, shares
 
 __all__ = ["Batch", "Source", "join", "open_source", "split"]
@@ -34,6 +34,10 @@ class Source(Protocol):
     @property
     def labelled(self) -> bool:
         """Whether every sample has a label."""
+
+    @property
+    def largest(self) -> Largest | None:
+        """The largest class of the labels that were looked at when the source was opened."""
 
     @property
     def origin(self) -> str:
@@ -85,11 +89,13 @@ class Samples:
         data: the samples.
         stack: how they become batches.
         chosen: the numbers of the samples that are the source's, rising.
+        largest: the largest class of all labels of the data.
     """
 
     data: ir.Data
     stack: Stacker
     chosen: np.ndarray
+    largest: Largest | None = None
 
     @property
     def size(self) -> int:
@@ -224,8 +230,7 @@ def open_source(
         return _made(factory(), stack, given, again=factory)
     if isinstance(given, str | Path):
         data = ir.load_data(given, model, states)
-        _check_labels(data, model)
-        return Samples(data, stack, np.arange(data.size))
+        return Samples(data, stack, np.arange(data.size), _check_labels(data, model))
     if callable(given) and not isinstance(given, Iterable):
         origin = getattr(given, "__qualname__", type(given).__name__)
 
@@ -245,11 +250,10 @@ def _made(made: Any, stack: Stacker, origin: str, *, again: Callable[[], Any] | 
     if isinstance(made, ir.Data):
         if made.states:
             stack = Stacker.of(stack.model, made.states, batchable=stack.batchable)
-        _check_samples(made, stack)
-        return Samples(made, stack, np.arange(made.size))
+        return Samples(made, stack, np.arange(made.size), _check_samples(made, stack))
     if isinstance(made, Mapping):
         data = _of_arrays(made, stack, origin)
-        return Samples(data, stack, np.arange(data.size))
+        return Samples(data, stack, np.arange(data.size), _check_labels(data, stack.model))
     if isinstance(made, DataLoader):
         hold_loader(made, origin)
         return Stream.opened(lambda: made, stack, origin, loader=made)
@@ -287,24 +291,24 @@ def _of_arrays(given: Mapping[Any, Any], stack: Stacker, origin: str) -> ir.Data
         row=row,
         fingerprint=digest.hexdigest(),
     )
-    _check_labels(data, stack.model)
     return data
 
 
-def _check_labels(data: ir.Data, model: onnx_ir.Model) -> None:
-    """Refuse labels that are no finite numbers, or floats where they are classes."""
+def _check_labels(data: ir.Data, model: onnx_ir.Model) -> Largest | None:
+    """Refuse labels that are no finite numbers, or floats where they are classes; the largest class."""
     if not data.labelled or data.row is None:
-        return
+        return None
     check = LabelCheck(model)
     for number in range(data.size):
         label = data.row(number).label
         assert label is not None  # data with labels has one a sample
         check.see(f"{data.origin}: sample {number}", label, batched=False)
     check.hold_classes(data.origin)
+    return check.largest
 
 
-def _check_samples(data: ir.Data, stack: Stacker) -> None:
-    """Hold every sample of data from elsewhere to the model."""
+def _check_samples(data: ir.Data, stack: Stacker) -> Largest | None:
+    """Hold every sample of data from elsewhere to the model; the largest class of its labels."""
     check, place, origin = LabelCheck(stack.model), 0, data.origin or "ir.Data"
     for place, sample in enumerate(data.walk(), 1):
         where = f"{origin}: sample {place - 1}"
@@ -321,3 +325,4 @@ def _check_samples(data: ir.Data, stack: Stacker) -> None:
     if place != data.size or not place:
         raise ir.DataError(f"{origin}: has {place} samples, expected {max(data.size, 1)} as it says; repair its walk")
     check.hold_classes(origin)
+    return check.largest

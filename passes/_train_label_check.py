@@ -11,15 +11,25 @@ import onnx_ir
 from mc_opt import ir
 
 
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The largest class of all labels that were seen, and where it is."""
+
+    where: str
+    value: int
+
+
 @dataclasses.dataclass
 class LabelCheck:
     """Looks at labels as they come, one sample's or one batch's at a time; labels are finite numbers, -1 among them.
 
     Attributes:
         model: the model whose outputs the labels belong to.
+        largest: of whole numbers; None before the first.
     """
 
     model: onnx_ir.Model
+    largest: Largest | None = None
     _whole: ir.Header | None = None
     _is_broken: bool = False
 
@@ -33,6 +43,9 @@ class LabelCheck:
         if label.dtype.kind not in "biuf":
             raise ir.DataError(f"{where}: label is {header}, expected whole numbers (classes) or floats; convert it")
         if label.dtype.kind != "f":
+            most = int(label.max()) if label.size else -1
+            if self.largest is None or most > self.largest.value:
+                self.largest = Largest(where, most)
             return
         bad = int(label.size - np.isfinite(label).sum())
         if bad:

@@ -17,6 +17,7 @@ from mc_opt import ir
 from mc_opt.passes import _train_measures as measures
 from mc_opt.passes._train_function import Criterion, Function, Handed, title_of
 from mc_opt.passes._train_graph import reading, sizes
+from mc_opt.passes._train_label_check import Largest
 from mc_opt.passes._train_labels import Labels, as_classes, class_axis, main_output
 from mc_opt.passes._train_terms import Batch, Bound, Layers, Output, Task, Term, mask_input
 
@@ -165,6 +166,19 @@ class BoundLoss:
     def taps(self) -> tuple[str, ...]:
         """The inner values that the loss needs of both models."""
         return tuple(dict.fromkeys(name for term in self.terms.values() for name in term.taps))
+
+    def hold_classes(self, largest: Largest | None) -> None:
+        """Refuse data with a class that no output has.
+
+        Raises:
+            DataError: naming the sample.
+        """
+        for term in self.terms.values():
+            if largest is not None and term.classes is not None and largest.value >= term.classes:
+                raise ir.DataError(
+                    f"{largest.where}: label {largest.value}, expected a class below {term.classes}, as the output "
+                    f"{term.output!r} has; correct the labels, or name another output by labels{{output=...}}"
+                )
 
     @property
     def figure_needs_reference(self) -> bool:

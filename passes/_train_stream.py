@@ -16,7 +16,7 @@ from torch.utils.data import SequentialSampler as InOrder
 
 from mc_opt import ir
 from mc_opt.passes._train_batch import Batch, Stacker
-from mc_opt.passes._train_label_check import LabelCheck
+from mc_opt.passes._train_label_check import LabelCheck, Largest
 
 _END = object()
 _FORMS = "a dict by input name or a tuple of tensors or arrays, the label last"
@@ -48,6 +48,7 @@ class Stream:
         chosen: the numbers of the batches that are the stream's; None for all.
         walk_seed: the seed of every epoch, where the order must be one.
         loader: the DataLoader behind the walk.
+        largest: the largest class of the labels of the batches that were looked at.
     """
 
     made: Callable[[], Iterable[Any]]
@@ -61,6 +62,7 @@ class Stream:
     chosen: frozenset[int] | None = None
     walk_seed: int | None = None
     loader: DataLoader[Any] | None = None
+    largest: Largest | None = None
 
     @classmethod
     def opened(
@@ -93,7 +95,9 @@ class Stream:
             raise ir.DataError(f"{origin}: gave no batch, expected one at least; check its size")
         steps, size = known or (len(sizes), sum(sizes))
         found = () if known else tuple(sizes)
-        return dataclasses.replace(bare, labelled=labelled, steps=steps, size=size, sizes=found, layout=layout)
+        return dataclasses.replace(
+            bare, labelled=labelled, steps=steps, size=size, sizes=found, layout=layout, largest=labels.largest
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -84,10 +84,19 @@ Value = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Bound:
-    """A term bound to a model: what it gives for a batch, one number a sample, and the inner values that it needs."""
+    """A term bound to a model: what it gives for a batch, one number a sample, and the inner values that it needs.
+
+    Attributes:
+        value: the first.
+        taps: the second.
+        classes: how many classes labels may name; None where they name none, or that is open.
+        output: the output that has these classes.
+    """
 
     value: Value
     taps: tuple[str, ...] = ()
+    classes: int | None = None
+    output: str = ""
 
 
 @dataclass(frozen=True)

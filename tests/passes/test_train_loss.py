@@ -271,7 +271,6 @@ CLASSES = "m (float[N,3] x) => (int64[N,1] y) { y = ArgMax <axis: int = 1> (x) }
     ("text", "source", "label", "reason"),
     [
         ("labels", LOGITS, None, "the data has none; add an array 'label'"),
-        ("labels", LOGITS, 3, "label: 3, expected a class below 3"),
         ("labels{kind=cross-entropy}", LOGITS, 0.5, "type float64, expected whole numbers"),
         ("labels{kind=ctc}", LOGITS, [1], "kind=ctc needs an output of rank 3"),
         ("labels{output=z}", LOGITS, 1, "unknown output 'z'"),
