@@ -109,7 +109,7 @@ class _Fit:
         self.wrapped = self.processes.prepare_model(self.student.module)
         self.position = Position()
         self.best: dict[str, torch.Tensor] = {}
-        self.checkpoint = self._checkpoint(str(loss))
+        self.checkpoint = self._checkpoint(loss.fingerprint)
 
     def _opened(self, data: object) -> Source:
         states = self.ctx.states or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class Function(Term):
         path, _, name = self.file.rpartition(":")
         return Bound(_guarded(_load(path, name), f"{Path(path).name}:{name}", path))
 
+    @property
+    def digest(self) -> str:
+        """Of the file's content."""
+        return hashlib.sha256(_source(self.file.rpartition(":")[0])).hexdigest()
+
 
 @dataclass(frozen=True)
 class Handed(Term):
@@ -63,14 +69,18 @@ def title_of(criterion: Criterion | None) -> str:
     return str(getattr(criterion, "__name__", type(criterion).__name__))
 
 
-def _load(path: str, name: str) -> Criterion:
+def _source(path: str) -> bytes:
     try:
-        source = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ir.OptionError(
             f"function: file={path} cannot be read: {error.strerror}; name a Python file, relative to the folder that "
             "mc-opt runs in"
         ) from error
+
+
+def _load(path: str, name: str) -> Criterion:
+    source = _source(path)
     space: dict[str, Any] = {"__name__": "mc_opt_loss", "__file__": path}
     problem = None
     try:

@@ -83,6 +83,11 @@ class Loss:
         return ",".join(_text(term) for term in self.terms)
 
     @property
+    def fingerprint(self) -> str:
+        """The text, and the content of the files whose functions it runs."""
+        return " ".join([str(self), *(term.digest for term in self.terms if isinstance(term, Function))])
+
+    @property
     def needs_labels(self) -> bool:
         """Whether a term compares with labels."""
         return any(term.needs_labels for term in self.terms)

@@ -307,6 +307,14 @@ def test_a_function_that_is_handed_over() -> None:
     close(value(loss.bind(model, model, None), s, r), F.l1_loss(s, r))
 
 
+def test_a_changed_file_is_another_loss(tmp_path: Path) -> None:
+    path, prints = tmp_path / "loss.py", set()
+    for factor in (1, 2):
+        path.write_text(f"def mine(s, r, label): return {factor} * (s['y'] - r['y']).abs().mean()")
+        prints.add(Loss.parse(f"output,function{{file={path}:mine}}", allow_scripts=True).fingerprint)
+    assert len(prints) == 2
+
+
 def test_a_function_of_a_file(tmp_path: Path) -> None:
     path = _harness.script(tmp_path, "def f(student, reference, label):\n    return student['y'].square().mean()\n")
     model = _harness.model(LOGITS)
