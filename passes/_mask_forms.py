@@ -116,7 +116,8 @@ def channel_removal(
         along = channels.units[mask.value][mask.axis]
         if along is None:
             return ir.Skip(
-                f"the channels of {mask.value.name} cannot be removed any more; train it before other passes"
+                f"the channels of {mask.value.name} cannot be removed any more, for another pass holds their weights; "
+                "train it before other passes and not together with them (joint)"
             )
         places = np.arange(len(along)) if mask.index is None else mask.index
         units = thetas.setdefault(str(mask.theta.name), np.full(mask.theta_size, STAYS))

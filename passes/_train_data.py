@@ -227,7 +227,7 @@ def open_source(
     stack = Stacker.of(model, states, batchable=batchable)
     if isinstance(given, str) and _is_factory(given):
         factory = ir.find_factory(given, "--train")
-        return _made(factory(), stack, given, again=factory)
+        return _made(_called(factory), stack, given, again=factory)
     if isinstance(given, str | Path):
         data = ir.load_data(given, model, states)
         return Samples(data, stack, np.arange(data.size), _check_labels(data, model))
@@ -237,8 +237,16 @@ def open_source(
         def call() -> Any:
             return ir.call_factory(given, origin)
 
-        return _made(call(), stack, origin, again=call)
+        return _made(_called(call), stack, origin, again=call)
     return _made(given, stack, type(given).__name__)
+
+
+def _called(factory: Callable[[], Any]) -> Any:
+    """What a factory makes; that it fails is a fault of the data, not of the pass that is trained."""
+    try:
+        return factory()
+    except ir.IRError as error:
+        raise ir.DataError(str(error)) from error
 
 
 def _is_factory(text: str) -> bool:

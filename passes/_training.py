@@ -43,7 +43,8 @@ class Training:
         holdout: the share of `data` that is held out when there is no `held_out`.
         epochs: passes over the data, for each trained pass (or for all together, with `joint`).
         batch_size: samples of one step, over all processes.
-        accumulate: parts that a batch is cut into, to save memory; the gradient is that of the whole batch.
+        accumulate: parts that a batch is cut into, to save memory; the gradient is that of the whole batch, but for
+            BatchNormalization, which takes the statistics of each part.
         optimizer: adamw, adam, or sgd (momentum 0.9).
         lr: the highest learning rate.
         weight_decay: of the optimizer.

@@ -308,7 +308,7 @@ def test_factories_make_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         data = source(f"makes_data:{name}")
         assert sorted(flat(ids(walk(data, batch_size=2)))) == [0, 2, 4, 6]
         assert walk(data) and walk(data)
-    with pytest.raises(ir.IRError, match=r"--train 'makes_data:broken': the factory failed: ValueError: no disk"):
+    with pytest.raises(ir.DataError, match=r"--train 'makes_data:broken': the factory failed: ValueError: no disk"):
         source("makes_data:broken")
     with pytest.raises(ir.OptionError, match=r"--train 'makes_data:none': module 'makes_data' has no 'none'"):
         source("makes_data:none")
