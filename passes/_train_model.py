@@ -173,7 +173,13 @@ def is_batchable(student: Student, samples: Sequence[Batch], device: torch.devic
             both = run(student.module, student.module, join([first, second]).to(device).inputs, ctx)
         except (RuntimeError, IndexError, ValueError, ir.IRError):  # shapes that hold a batch of 1
             return False
-    return all(_is_joined(both[name], alone[0][name], alone[1][name]) for name in both)
+    # A value without samples, as a table of positions gives it, is no hindrance; a mean over twice the same sample
+    # would look like one.
+    return all(
+        _is_joined(both[name], alone[0][name], alone[1][name])
+        or (second is not first and all(_is_same(both[name], each[name]) for each in alone))
+        for name in both
+    )
 
 
 def _is_joined(both: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -183,6 +189,12 @@ def _is_joined(both: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
         if both.shape[axis] == a.shape[axis] + b.shape[axis]:
             joined = torch.cat([a, b], axis)
             if joined.shape == both.shape:
-                spread = float((joined.max() - joined.min()).abs()) or 1.0
-                return bool(((joined - both).abs().max() <= _SAME * spread).item())
+                return _is_same(both, joined)
     return False
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or not a.numel():
+        return False
+    spread = float((b.max() - b.min()).abs()) or 1.0
+    return bool(((b - a).abs().max() <= _SAME * spread).item())
