@@ -15,6 +15,7 @@ import onnx_ir
 import mc_opt
 from mc_opt import ir
 from mc_opt.passes._base import Check, Context, Log, Pass, PassError
+from mc_opt.passes._held_out import held_out_samples
 from mc_opt.passes._hold import hold
 from mc_opt.passes._instrument import Bytes, Dump, Instrument, Timing
 from mc_opt.passes._judge import Judge
@@ -190,19 +191,21 @@ class _Run:
         if need > self.ctx.memory_limit:
             self._no_judge(what, f"needs about {_gib(need)}, the memory limit is {_gib(self.ctx.memory_limit)}")
             return
+        data, kind = self.ctx.data, "real"
+        if data is None and self.ctx.training is not None and not self.ctx.states:
+            data, kind = held_out_samples(self.ctx.training, original, self.ctx.seed), "held-out"
         try:
-            self.judge = Judge(original, self.ctx, fixed)
+            self.judge = Judge(original, dataclasses.replace(self.ctx, data=data), fixed)
         except ir.DataError as error:
-            if self.ctx.data is not None:
+            if data is not None:
                 raise
             self._no_judge(what, f"random inputs do not fit the model ({error}); give real ones by --data")
             return
         except ir.IRError as error:
             self._no_judge(what, f"the model that came in does not run: {error}")
             return
-        kind = "real" if self.ctx.data is not None else "seeded random"
-        self.checks.append(f"{what}, on {self.judge.samples} {kind} samples")
-        if self.ctx.data is None:
+        self.checks.append(f"{what}, on {self.judge.samples} {kind if data is not None else 'seeded random'} samples")
+        if data is None:
             self.warnings.append(
                 "no data was given: drift is measured on seeded random inputs and says little about accuracy"
             )

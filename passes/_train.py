@@ -17,6 +17,7 @@ import torch
 
 from mc_opt import ir
 from mc_opt.passes._base import Context, PassError
+from mc_opt.passes._held_out import is_divided
 from mc_opt.passes._train_data import Batch, Source, open_source, split
 from mc_opt.passes._train_interrupt import interruptible
 from mc_opt.passes._train_loss import Figure, Loss
@@ -122,7 +123,7 @@ class _Fit:
             held_out = self._opened(training.held_out)
             self.loss.hold_classes(held_out.largest)
             return data, held_out
-        if not training.holdout or int(data.size * training.holdout) < 1:
+        if not is_divided(data.size, training.holdout):
             return data, None
         return split(data, training.holdout, self.ctx.seed)
 

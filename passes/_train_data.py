@@ -14,6 +14,7 @@ import onnx_ir
 from torch.utils.data import DataLoader
 
 from mc_opt import ir
+from mc_opt.passes._held_out import divide
 from mc_opt.passes._train_batch import Batch, Stacker, join
 from mc_opt.passes._train_label_check import LabelCheck, Largest
 from mc_opt.passes._train_stream import Stream, as_array, hold_loader, shares
@@ -183,9 +184,7 @@ class Samples:
         """
         if self.size < 2:
             raise ir.DataError(f"{self.origin}: 1 sample cannot be split, expected 2 at least; {_GIVE}")
-        held = min(max(round(self.size * share), 1), self.size - 1)
-        order = np.random.default_rng(seed).permutation(self.chosen)
-        train, rest = np.sort(order[held:]), np.sort(order[:held])
+        train, rest = divide(self.chosen, share, seed)
         return dataclasses.replace(self, chosen=train), dataclasses.replace(self, chosen=rest)
 
 

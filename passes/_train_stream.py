@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from torch.utils.data import SequentialSampler as InOrder
 
 from mc_opt import ir
+from mc_opt.passes._held_out import divide
 from mc_opt.passes._train_batch import Batch, Stacker
 from mc_opt.passes._train_label_check import LabelCheck, Largest
 
@@ -155,9 +156,8 @@ class Stream:
             return self._split_set(self.loader, share, seed)
         if self.steps < 2:
             raise ir.DataError(f"{self.origin}: 1 batch cannot be split, expected 2 at least; {_GIVE}")
-        held = min(max(round(self.steps * share), 1), self.steps - 1)
-        order = np.random.default_rng(seed).permutation(self.steps).tolist()
-        return self._chosen(order[held:], seed), self._chosen(order[:held], seed)
+        train, rest = divide(np.arange(self.steps), share, seed)
+        return self._chosen(train.tolist(), seed), self._chosen(rest.tolist(), seed)
 
     def _chosen(self, numbers: list[int], seed: int) -> Stream:
         sizes = [self.sizes[i] for i in numbers]
@@ -175,11 +175,9 @@ class Stream:
         size = len(loader.dataset)
         if size < 2:
             raise ir.DataError(f"{self.origin}: 1 sample cannot be split, expected 2 at least; {_GIVE}")
-        held = min(max(round(size * share), 1), size - 1)
-        order = np.random.default_rng(seed).permutation(size)
-        train, rest = _subset(loader, np.sort(order[held:])), _subset(loader, np.sort(order[:held]), training=False)
-        layout = f"{self.layout} {hashlib.sha256(order[:held].tobytes()).hexdigest()}"
-        return self._over(train, layout), self._over(rest, layout)
+        train, rest = divide(np.arange(size), share, seed)
+        layout = f"{self.layout} {hashlib.sha256(rest.tobytes()).hexdigest()}"
+        return self._over(_subset(loader, train), layout), self._over(_subset(loader, rest, training=False), layout)
 
     def _over(self, loader: DataLoader[Any], layout: str) -> Stream:
         opened = Stream.opened(lambda: loader, self.stack, self.origin, loader=loader)
