@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import platform
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from mc_opt.ir import DataError, IRError
 from mc_opt.targets import _gpu, _installed, _machine, _manifest
 from mc_opt.targets._manifest import Manifest, Port
 from mc_opt.targets._open import names_of
+
+# TVM's kernels load whole vectors from the beginning of a tensor.
+_ALIGNMENT = 64
 
 
 class Artefact:
@@ -37,9 +41,13 @@ class Artefact:
         except Exception as error:
             line = str(error).strip().splitlines()[-1]
             raise IRError(f"{folder / 'model.so'}: cannot be loaded: {line}; build the artefact again") from error
+        is_open = bool(names_of([p.shape for p in manifest.inputs]))
         # TVM's pool keeps a buffer of every size that ever was: with open dimensions it would grow with each new one.
-        memory = "naive" if names_of([p.shape for p in manifest.inputs]) else "pooled"
-        self._main = relax.VirtualMachine(library, self._device, memory)["main"]
+        self._main = relax.VirtualMachine(library, self._device, "naive" if is_open else "pooled")["main"]
+        # Inputs of one shape have their places for good: TVM takes longer to make a tensor than small models to run.
+        fixed = () if is_open or manifest.kind == "cuda" else manifest.inputs
+        self._places = [_aligned(p.shape, np.dtype(p.dtype)) for p in fixed]
+        self._tensors = [self._tensor(place) for place in self._places]
 
     def _open(self, path: Path) -> Any:
         """The library at `path` as it is now: the loader knows libraries by name, and would give an earlier build."""
@@ -65,16 +73,39 @@ class Artefact:
             DataError: an input is missing, unknown, or has another shape or type.
         """
         arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
-        tensors = [self._tvm.runtime.tensor(a, self._device) for a in arrays]
-        with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
-            results = [r.numpy() for r in self._main(*tensors)]
+        if self.manifest.kind == "cuda":
+            tensors = [self._tvm.runtime.tensor(a, self._device) for a in arrays]
+            with self._lock:
+                results = [r.numpy() for r in self._main(*tensors)]
+        else:
+            with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
+                # The copies are the caller's: the virtual machine's own buffers go back to its pool.
+                results = [np.array(np.from_dlpack(r)) for r in self._main(*self._placed(arrays))]
         return {port.name: array for port, array in zip(self.manifest.outputs, results, strict=True)}
+
+    def _placed(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """The arrays as tensors of this processor, copied to where kernels may load whole vectors."""
+        places = self._places or [_aligned(a.shape, a.dtype) for a in arrays]
+        for place, array in zip(places, arrays, strict=True):
+            np.copyto(place, array)
+        return self._tensors or [self._tensor(place) for place in places]
+
+    def _tensor(self, place: np.ndarray) -> Any:
+        return self._tvm.runtime.from_dlpack(place)
+
+
+def _aligned(shape: Sequence[Any], dtype: np.dtype) -> np.ndarray:
+    """Memory for an array, aligned as TVM asks it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def check_inputs(
     ports: tuple[Port, ...], inputs: Mapping[str, np.ndarray], limits: Mapping[str, int] | None = None
 ) -> list[np.ndarray]:
-    """The arrays in the order of `ports`, contiguous.
+    """The arrays in the order of `ports`.
 
     Args:
         ports: the inputs.
@@ -95,19 +126,26 @@ def check_inputs(
         if port.name not in inputs:
             raise DataError(f"input {port.name!r}: missing; expected {port.dtype}{list(port.shape)}")
         array = np.asarray(inputs[port.name])
-        if not _fits(array.shape, port.shape):
-            wanted = ", ".join(map(str, port.shape))
-            is_open = any(isinstance(d, str) for d in port.shape)
-            advice = "a name stands for any size" if is_open else "build again with another --shape"
-            raise DataError(
-                f"input {port.name!r}: has shape {list(array.shape)}, expected [{wanted}];"
-                f" a target's kernels are built for one shape: {advice}"
-            )
-        _check_sizes(port, array.shape, sizes, limits or {})
-        if str(array.dtype) != port.dtype:
+        if array.shape != port.shape:  # so is every open shape
+            _check_shape(port, array.shape, sizes, limits or {})
+        if array.dtype != port.dtype:
             raise DataError(f"input {port.name!r}: is {array.dtype}, expected {port.dtype}; convert it with .astype")
-        arrays.append(np.asarray(array, order="C"))
+        arrays.append(array)
     return arrays
+
+
+def _check_shape(
+    port: Port, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]], limits: Mapping[str, int]
+) -> None:
+    if not _fits(shape, port.shape):
+        wanted = ", ".join(map(str, port.shape))
+        is_open = any(isinstance(d, str) for d in port.shape)
+        advice = "a name stands for any size" if is_open else "build again with another --shape"
+        raise DataError(
+            f"input {port.name!r}: has shape {list(shape)}, expected [{wanted}];"
+            f" a target's kernels are built for one shape: {advice}"
+        )
+    _check_sizes(port, shape, sizes, limits)
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
