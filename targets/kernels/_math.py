@@ -201,25 +201,6 @@ def _erf(x: Expr) -> Expr:
     return x * p / q
 
 
-def gelu(x: Expr) -> Expr:
-    """Returns x/2 · (1 + erf(x / √2))."""
-    return bind(x, _gelu)
-
-
-def _gelu(x: Expr) -> Expr:
-    return constant(0.5, x) * x * (constant(1.0, x) + erf(x * constant(0.7071067811865476, x)))
-
-
-def gelu_tanh(x: Expr) -> Expr:
-    """Returns the tanh form of GELU (ONNX `approximate="tanh"`)."""
-    return bind(x, _gelu_tanh)
-
-
-def _gelu_tanh(x: Expr) -> Expr:
-    inner = constant(0.7978845608028654, x) * (x + constant(0.044715, x) * x * x * x)
-    return constant(0.5, x) * x * (constant(1.0, x) + tanh(inner))
-
-
 def log(x: Expr) -> Expr:
     """Returns ln x for float32: exponent and mantissa apart, a polynomial for the mantissa in [√½, √2).
 
@@ -272,13 +253,3 @@ def _log_polynomial(f: Expr, e: Expr) -> Expr:
     )
     tail = f * f * f * p + e * constant(-2.12194440e-4, f) - constant(0.5, f) * f * f
     return f + tail + e * constant(0.693359375, f)
-
-
-def softplus(x: Expr) -> Expr:
-    """Returns ln(1 + e^x) as max(x, 0) + ln(1 + e^-|x|)."""
-    return bind(x, _softplus)
-
-
-def _softplus(x: Expr) -> Expr:
-    zero = constant(0.0, x)
-    return tirx.Select(x > zero, x, zero) + log(constant(1.0, x) + exp(zero - tirx.abs(x)))
