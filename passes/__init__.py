@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mc_opt.passes._base import MEMORY_LIMIT, Check, Context, Pass, PassError, name_of
     from mc_opt.passes._find import find_pass, options_of, pass_names
+    from mc_opt.passes._held_out import held_out_samples
     from mc_opt.passes._instrument import Instrument
     from mc_opt.passes._pipeline import Result, dry_run, run
     from mc_opt.passes._report import (
@@ -68,6 +69,7 @@ _EXPORTS = {
     "TrainablePass": "_trainable",
     "is_main_process": "_trainable",
     "Epoch": "_training",
+    "held_out_samples": "_held_out",
     "Training": "_training",
     "TrainingReport": "_training",
 }
@@ -100,6 +102,7 @@ __all__ = [
     "dry_run",
     "elements_of",
     "find_pass",
+    "held_out_samples",
     "is_main_process",
     "json_text",
     "name_of",

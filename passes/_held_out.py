@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,19 @@ def is_divided(size: int, share: float) -> bool:
     return int(size * share) >= 1
 
 
-def held_out_samples(training: Training, model: onnx_ir.Model, seed: int) -> ir.Data | None:
-    """The first of the held-out samples, where they are in files; None where that is not known without torch.
+def held_out_samples(
+    training: Training | None, model: onnx_ir.Model, *, seed: int, states: Mapping[str, str]
+) -> ir.Data | None:
+    """The first of the held-out samples, where they are in files.
+
+    None without a training, with recurrent states, which a training does not feed back, and where samples are not to
+    be had without torch.
 
     Raises:
         DataError: they do not fit the model.
     """
+    if training is None or states:
+        return None
     place = training.data if training.held_out is None else training.held_out
     if not isinstance(place, str | Path) or not Path(place).exists():
         return None

@@ -192,8 +192,9 @@ class _Run:
             self._no_judge(what, f"needs about {_gib(need)}, the memory limit is {_gib(self.ctx.memory_limit)}")
             return
         data, kind = self.ctx.data, "real"
-        if data is None and self.ctx.training is not None and not self.ctx.states:
-            data, kind = held_out_samples(self.ctx.training, original, self.ctx.seed), "held-out"
+        if data is None:
+            data = held_out_samples(self.ctx.training, original, seed=self.ctx.seed, states=self.ctx.states)
+            kind = "held-out"
         try:
             self.judge = Judge(original, dataclasses.replace(self.ctx, data=data), fixed)
         except ir.DataError as error:

@@ -265,10 +265,10 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
 def _check_saved(request: Request, model: onnx_ir.Model, path: Path) -> None:
     """Run the file once and hold it to the model in memory: the same graph must give the same bytes."""
     names = {str(v.name) for v in model.graph.inputs}
-    if isinstance(request.data, ir.Data):
-        sample = next(iter(request.data))
-    else:
-        sample = next(iter(ir.seeded_data(model, 1, request.seed)))
+    data = request.data
+    if data is None and isinstance(request.model, onnx_ir.Model):
+        data = passes.held_out_samples(request.training, request.model, seed=request.seed, states=request.states)
+    sample = next(iter(data if isinstance(data, ir.Data) else ir.seeded_data(model, 1, request.seed)))
     drift = ir.compare(model, path, [{k: v for k, v in sample.inputs.items() if k in names}])
     if not drift.equal:
         raise PassError(

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mc_opt
 from mc_opt import passes
-from mc_opt.passes._held_out import held_out_samples
 from mc_opt.passes._train_data import open_source, split
+from mc_opt.tools import driver
 from tests._harness import model
 from tests.passes.test_train import NET, patterns
 
@@ -36,10 +37,23 @@ def test_drift_is_measured_on_held_out_samples(tmp_path: Path) -> None:
 def test_they_are_those_that_are_not_trained_on(tmp_path: Path) -> None:
     path = patterns(tmp_path)
     _, rest = split(open_source(path, model(NET), batchable=True), 0.25, 3)
-    judged = held_out_samples(passes.Training(data=path, holdout=0.25), model(NET), 3)
+    judged = passes.held_out_samples(passes.Training(data=path, holdout=0.25), model(NET), seed=3, states={})
     assert judged is not None and len(judged) == 16
     ((part,),) = rest.batches(batch_size=64, seed=0, epoch=0, shuffle=False)
     np.testing.assert_array_equal(np.concatenate([s.inputs["x"] for s in judged]), part.inputs["x"].numpy())
+
+
+def test_what_random_sizes_do_not_fit_is_checked_and_written(tmp_path: Path) -> None:
+    text = """frames (float[N,S,4] x) => (float[N,20] y) <float[4,4] w, int64[2] row = {-1, 20}>
+    { h = MatMul (x, w)  y = Reshape (h, row) }"""
+    mc_opt.save_model(model(text), tmp_path / "frames.onnx")
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((20, 5, 4)).astype(np.float32))
+    training = passes.Training(data=tmp_path / "x.npz", epochs=1)
+    request = driver.Request(
+        tmp_path / "frames.onnx", pipeline=passes.Pipeline.parse("fine-tune"), training=training, out=tmp_path / "out"
+    )
+    report = driver.compile_model(request).report
+    assert not report.unchecked and report.passes[0].drift["reference"]["samples"] == 2
 
 
 @pytest.mark.parametrize("options", [{"holdout": 0.0}, {"holdout": 0.001}])
