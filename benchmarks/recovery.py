@@ -186,7 +186,7 @@ CASES = (
         "minilm-kron-shift",
         "minilm",
         "kron{ratio=0.5}",
-        steps=150,
+        steps=600,
         batch_size=32,
         stored="denseshift{bits=4 skip=}",
         options={"lr": 3e-4, "loss": _LAYERS},
