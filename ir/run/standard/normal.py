@@ -66,18 +66,20 @@ class BatchNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed
         self, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
     ) -> torch.Tensor:
         """x: [n, c, ..], the others [c]; `mean` and `variance` are moved in training mode."""
-        single = x.numel() == x.shape[1]  # one value a channel has no variance
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        single = x.numel() == x.shape[1] and not several  # one value a channel has no variance
         if not self.training or self.frozen or single:
             return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=self.epsilon)
         share = 1 - self.momentum
         if self.taken is not None:
             self.taken += 1
             share = 1 / self.taken
-        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        if not several:
             return F.batch_norm(x, mean, variance, scale, bias, training=True, momentum=share, eps=self.epsilon)
+        wide = _computed(x, 1)  # under autocast x is of half precision, whose sums lose the variance
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        count = x.new_tensor([x.numel() / x.shape[1]])
-        sums = torch.cat([x.sum(axes), (x * x).sum(axes), count])
+        count = wide.new_tensor([x.numel() / x.shape[1]])
+        sums = torch.cat([wide.sum(axes), (wide * wide).sum(axes), count])
         sums = distributed_functions.all_reduce(sums)
         size = x.shape[1]
         of_batch = sums[:size] / sums[-1]
@@ -85,7 +87,7 @@ class BatchNorm(torch.nn.Module):  # type: ignore[misc]  # torch is not followed
         with torch.no_grad():
             mean.lerp_(of_batch, share)
             variance.lerp_(spread * (sums[-1] / (sums[-1] - 1)), share)
-        return batch_normalization(x, scale, bias, of_batch, spread, epsilon=self.epsilon)
+        return batch_normalization(wide, scale, bias, of_batch, spread, epsilon=self.epsilon).to(x.dtype)
 
 
 def _standardised(
