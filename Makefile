@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses=4 --dist=worksteal
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-headline bench-training bench-big clean
+.PHONY: help venv demo train test check test-all lint types fmt bench-models bench-headline bench-training bench-speed bench-big clean
 
 help:  ## this list
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ bench-headline: $(STAMP)  ## sekron,denseshift on every public model for onnx, x
 
 bench-training: $(STAMP)  ## every trained method on 10,000 digits, paired with float (2 hours; goes on where it stopped)
 	@$(BIN)/python -m benchmarks.training
+
+bench-speed: $(STAMP)  ## every model beside ONNX Runtime and torch, 1 and 2 threads (an hour; goes on where it stopped)
+	@$(BIN)/python -m benchmarks.speed
 
 bench-big: $(STAMP)  ## a model of 2.5 GiB: seconds and peak memory
 	@$(BIN)/python -m benchmarks.big_model

@@ -50,7 +50,11 @@ class ResNet18(nn.Module):
 def resnet18(seed: int = 0) -> nn.Module:
     """The network in inference mode."""
     torch.manual_seed(seed)
-    module = ResNet18().eval()
+    return randomise(ResNet18().eval())
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Draw the statistics of every BatchNorm, which start as those of nothing: mean 0, variance 1."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]  # typed as optional

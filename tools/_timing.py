@@ -61,6 +61,7 @@ def interleave(
     seconds: float = math.inf,
     batch: float = BATCH,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[str], object] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Series]:
     """Time everything in rounds of A B C C B A, so that a drift of the machine hits all alike.
@@ -71,11 +72,14 @@ def interleave(
         seconds: begin no round after so long, but make `LEAST_ROUNDS`.
         batch: seconds that a batch of calls of one thing takes at least.
         clock: seconds.
+        before: called with a name ahead of each batch of it, untimed: to warm caches, or to let threads go to sleep.
         progress: told (done, total, what).
     """
 
     def timed(name: str, calls: int) -> float:
         run = runs[name]
+        if before is not None:
+            before(name)
         start = clock()
         for _ in range(calls):
             run()

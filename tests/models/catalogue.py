@@ -62,7 +62,7 @@ def efficientnet_lite0(root: Path) -> Any:
 
     import mc_opt
 
-    return mc_opt.capture(_efficientnet(root), (torch.zeros(1, 3, 224, 224),))
+    return mc_opt.capture(efficientnet(root), (torch.zeros(1, 3, 224, 224),))
 
 
 def efficientnet_lite0_of_any_batch(root: Path) -> Any:
@@ -73,11 +73,12 @@ def efficientnet_lite0_of_any_batch(root: Path) -> Any:
 
     # Not 1, which torch would take for a fixed size.
     return mc_opt.capture(
-        _efficientnet(root), (torch.zeros(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        efficientnet(root), (torch.zeros(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )
 
 
-def _efficientnet(root: Path) -> Any:
+def efficientnet(root: Path) -> Any:
+    """The torch module of EfficientNet-lite0."""
     sys.path.insert(0, str(root / "efficientnet-lite-pytorch"))
     try:
         from efficientnet_lite_pytorch import EfficientNet
@@ -96,7 +97,7 @@ def minilm(root: Path, sequence: int = 64) -> Any:
     import mc_opt
 
     ids = torch.ones(1, sequence, dtype=torch.int64)
-    return mc_opt.capture(_embedder(root), (ids, ids.clone()))
+    return mc_opt.capture(embedder(root), (ids, ids.clone()))
 
 
 def minilm_of_any_size(root: Path) -> Any:
@@ -108,10 +109,11 @@ def minilm_of_any_size(root: Path) -> Any:
     # Neither example is 1, which torch would take for a fixed size.
     ids = torch.ones(2, 64, dtype=torch.int64)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=512)}
-    return mc_opt.capture(_embedder(root), (ids, ids.clone()), dynamic_shapes=(sizes, sizes))
+    return mc_opt.capture(embedder(root), (ids, ids.clone()), dynamic_shapes=(sizes, sizes))
 
 
-def _embedder(root: Path) -> Any:
+def embedder(root: Path) -> Any:
+    """The torch module of MiniLM with pooling."""
     import torch
     from transformers import AutoModel
 
@@ -138,6 +140,13 @@ def resemblyzer(root: Path) -> Any:
 
     import mc_opt
 
+    return mc_opt.capture(speaker_encoder(root), (torch.zeros(1, 160, 40),))
+
+
+def speaker_encoder(root: Path) -> Any:
+    """The torch module of Resemblyzer."""
+    import torch
+
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -152,7 +161,7 @@ def resemblyzer(root: Path) -> Any:
     state = _load_weights(root / "resemblyzer/resemblyzer/pretrained.pt")["model_state"]
     encoder = Encoder()
     encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("similarity")})
-    return mc_opt.capture(encoder.eval(), (torch.zeros(1, 160, 40),))
+    return encoder.eval()
 
 
 def _g2p_parts(root: Path) -> tuple[Any, Any]:

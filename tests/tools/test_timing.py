@@ -38,6 +38,15 @@ def test_rounds_run_there_and_back() -> None:
     assert series["a"].milliseconds == pytest.approx((30, 30)) and series["b"].median == pytest.approx(60)
 
 
+def test_what_comes_before_a_batch_is_not_timed() -> None:
+    machine = Machine()
+    warm = machine.thing("w", 9.0)
+    series = _timing.interleave(
+        {"a": machine.thing("a", 0.03)}, rounds=1, clock=machine.clock, before=lambda name: warm()
+    )
+    assert "".join(machine.order) == "wa" * 4 and series["a"].milliseconds == pytest.approx((30,))
+
+
 def test_batches_take_at_least_so_long() -> None:
     machine = Machine()
     series = _timing.interleave({"a": machine.thing("a", 0.003)}, rounds=5, clock=machine.clock)
