@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.atomic import FolderError, staged_files, staged_folder, write_bytes, write_text
     from mc_opt.ir.io.axes import batch_axes
     from mc_opt.ir.io.capture import capture, from_torch
+    from mc_opt.ir.io.causal import MAX_LENGTH, capture_causal_lm, from_transformers
     from mc_opt.ir.io.data import (
         LABEL,
         Data,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.read import Source
     from mc_opt.ir.io.save import SavedModel, save_model
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
+    from mc_opt.ir.io.states import TOKENIZER, TOKENIZER_FILE, end_tokens, states_of, tokenizer_beside
     from mc_opt.ir.io.weightless import weightless
     from mc_opt.ir.op import Example, Op, Work, add_functions, find_op, node, op_names
     from mc_opt.ir.ops._euclid_integer import MOST_TERMS, accumulator_bits
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.run.module import names, run_module, state_to_model
     from mc_opt.ir.run.ort import Session, compare, exactness, noise, run_data
     from mc_opt.ir.run.standard.dtypes import from_array, to_array, torch_type
+    from mc_opt.ir.run.stream import Stream, written_in_place
     from mc_opt.ir.run.values import largest_values, value_drift
     from mc_opt.ir.sites import CAST_GROWTH, GROWTH, Skip, WeightSite, layer_of, matches, names_of, weight_sites
     from mc_opt.ir.storage import LayerChange, Storage, Stored, storage_of
@@ -104,6 +107,16 @@ _EXPORTS = {
     "write_text": "io.atomic",
     "capture": "io.capture",
     "from_torch": "io.capture",
+    "MAX_LENGTH": "io.causal",
+    "TOKENIZER": "io.states",
+    "TOKENIZER_FILE": "io.states",
+    "capture_causal_lm": "io.causal",
+    "end_tokens": "io.states",
+    "from_transformers": "io.causal",
+    "states_of": "io.states",
+    "tokenizer_beside": "io.states",
+    "Stream": "run.stream",
+    "written_in_place": "run.stream",
     "batch_axes": "io.axes",
     "LABEL": "io.data",
     "Data": "io.data",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mc_opt.tools.api import (
         build,
         capture,
+        capture_causal_lm,
         compress,
         convert,
         diff,
@@ -27,6 +28,7 @@ _EXPORTS = {
     "Training": "mc_opt.passes",
     "build": "mc_opt.tools.api",
     "capture": "mc_opt.tools.api",
+    "capture_causal_lm": "mc_opt.tools.api",
     "compress": "mc_opt.tools.api",
     "convert": "mc_opt.tools.api",
     "diff": "mc_opt.tools.api",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "build",
     "capture",
+    "capture_causal_lm",
     "compress",
     "convert",
     "diff",

@@ -43,12 +43,15 @@ class Manifest:
     files: dict[str, str]
     # The largest sizes of open dimensions, where the model has any.
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Outputs that a caller feeds back, to the inputs that take them; those are written in place and are the outputs.
+    states: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def text(self) -> str:
         """The file's text."""
         data = dataclasses.asdict(self)
-        if not self.limits:
-            del data["limits"]
+        for name in ("limits", "states"):
+            if not data[name]:
+                del data[name]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -84,7 +87,11 @@ def _parse(data: dict[str, Any]) -> Manifest:
     def ports(key: str) -> tuple[Port, ...]:
         return tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[key])
 
-    fields = {f.name: data[f.name] for f in dataclasses.fields(Manifest) if f.name in data or f.name != "limits"}
+    fields = {
+        f.name: data[f.name]
+        for f in dataclasses.fields(Manifest)
+        if f.name in data or f.name not in ("limits", "states")
+    }
     for key in ("features", "kernels", "fallbacks"):
         fields[key] = tuple(fields[key])
     return Manifest(**{**fields, "inputs": ports("inputs"), "outputs": ports("outputs")})

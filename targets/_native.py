@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir
 
 import mc_opt
+from mc_opt import ir
 from mc_opt.targets import _c_source, _installed, _manifest, _process
 from mc_opt.targets._base import Built, Progress
 from mc_opt.targets._machine import Machine
@@ -75,6 +76,7 @@ def compile_model(
         fallbacks=tuple(answer["fallbacks"]),
         files=files,
         limits=answer["limits"],
+        states=ir.states_of(model),
     )
     (folder / _manifest.NAME).write_text(manifest.text(), encoding="utf-8")
     return Built(

@@ -7,9 +7,9 @@ import math
 import platform
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from mc_opt.ir import DataError, IRError
 from mc_opt.targets import _gpu, _installed, _machine, _manifest
 from mc_opt.targets._manifest import Manifest, Port
 from mc_opt.targets._open import names_of
+
+if TYPE_CHECKING:
+    from mc_opt.targets._stream import Stream
 
 # TVM's kernels load whole vectors from the beginning of a tensor.
 _ALIGNMENT = 64
@@ -82,6 +85,31 @@ class Artefact:
                 # The copies are the caller's: the virtual machine's own buffers go back to its pool.
                 results = [np.array(np.from_dlpack(r)) for r in self._main(*self._placed(arrays))]
         return {port.name: array for port, array in zip(self.manifest.outputs, results, strict=True)}
+
+    def stream(self) -> Stream:
+        """The steps of a new sequence, for a model with states."""
+        from mc_opt.targets._stream import Stream  # which checks inputs by this file
+
+        return Stream(self)
+
+    def place(self, array: np.ndarray) -> Any:
+        """A copy of an array as a tensor in the machine's memory."""
+        if self.manifest.kind == "cuda":
+            return self._tvm.runtime.tensor(array, self._device)
+        place = _aligned(array.shape, array.dtype)
+        np.copyto(place, array)
+        return self._tensor(place)
+
+    def call(self, tensors: Mapping[str, Any], keep: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Run on tensors by name: the outputs in `keep` as tensors, and the others as arrays.
+
+        States among the tensors may be written; they are what the states among the outputs then are.
+        """
+        with self._lock:
+            results = self._main(*[tensors[port.name] for port in self.manifest.inputs])
+            named = {port.name: tensor for port, tensor in zip(self.manifest.outputs, results, strict=True)}
+            kept = {name: tensor for name, tensor in named.items() if name in keep}
+            return kept, {name: tensor.numpy() for name, tensor in named.items() if name not in kept}
 
     def _placed(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """The arrays as tensors of this processor, copied to where kernels may load whole vectors."""

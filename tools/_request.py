@@ -39,6 +39,16 @@ torch_option = click.option(
     metavar="MODULE:FACTORY",
     help="Capture what FACTORY returns: (torch module, inputs), and dynamic shapes if any.",
 )
+transformers_options = _stack(
+    click.option(
+        "--from-transformers",
+        metavar="PATH",
+        help="Capture the causal language model in a folder of save_pretrained or a .gguf file, with a cache.",
+    ),
+    click.option(
+        "--max-length", metavar="N", type=click.IntRange(min=2), help="Positions of that cache; default 1024."
+    ),
+)
 model_options = _stack(
     click.option(
         "--shape",
@@ -84,6 +94,8 @@ def compile_request(words: Sequence[str], options: Mapping[str, Any], *, process
     return driver.Request(
         model=model,
         from_torch=options["from_torch"] or "",
+        from_transformers=options["from_transformers"] or "",
+        max_length=_max_length(options),
         pipeline=recipe.pipeline,
         targets=_targets(options["target"], recipe),
         out=options["out"],
@@ -104,12 +116,14 @@ def compile_request(words: Sequence[str], options: Mapping[str, Any], *, process
 
 
 def model_of(words: Sequence[str], options: Mapping[str, Any]) -> Path | None:
-    """The one model among the positional words; None when it comes from torch."""
-    limit = 0 if options["from_torch"] else 1
-    if len(words) > limit:
+    """The one model among the positional words; None when another option names it."""
+    named = _named_by(options)
+    if len(named) > 1:
+        raise click.UsageError(f"{' and '.join(named)} were both given; give one model")
+    if len(words) > 1 - len(named):
         _refuse_extra(words, options)
     if not words:
-        if options["from_torch"]:
+        if named:
             return None
         raise click.UsageError("no model was named; give an ONNX file, or --from-torch package.module:factory")
     word = words[0]
@@ -120,6 +134,21 @@ def model_of(words: Sequence[str], options: Mapping[str, Any]) -> Path | None:
         verbs = [name for name in cli.verb_names() if name != cli.DEFAULT]
         raise click.UsageError(f"{word!r} is no file; {ir.unknown('verb', word, verbs)}")
     return Path(word)
+
+
+def _named_by(options: Mapping[str, Any]) -> list[str]:
+    """The options that name a model where no file does."""
+    found = {"--from-torch": options.get("from_torch"), "--from-transformers": options.get("from_transformers")}
+    return [option for option, value in found.items() if value]
+
+
+def _max_length(options: Mapping[str, Any]) -> int:
+    from mc_opt import ir
+
+    given: int | None = options["max_length"]
+    if given is not None and not options["from_transformers"]:
+        raise click.UsageError("--max-length is the size of the cache that --from-transformers captures; drop it")
+    return ir.MAX_LENGTH if given is None else given
 
 
 def _refuse_extra(words: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -134,11 +163,12 @@ def _refuse_extra(words: Sequence[str], options: Mapping[str, Any]) -> None:
     whole = [word for word in words if not set(word) & set("{}=,")] or words
     model = next((word for word in words if Path(word).is_file()), whole[0])
     extra = list(words)
-    if not options.get("from_torch"):
+    named = _named_by(options)
+    if not named:
         extra.remove(model)
     problem = f"unexpected argument{'s' if len(extra) > 1 else ''} {' '.join(map(repr, extra))}"
-    if options.get("from_torch"):
-        problem += "; --from-torch is the model"
+    if named:
+        problem += f"; {named[0]} is the model"
     hint = passes.quoting_hint([*lists, *extra]) if lists else None
     raise click.UsageError(f"{problem}; {hint or 'give one model'}")
 

@@ -41,6 +41,21 @@ def capture(
     )
 
 
+def capture_causal_lm(model: Any, *, max_length: int = ir.MAX_LENGTH) -> onnx_ir.Model:
+    """A causal language model of transformers, one step over a cache of fixed length (needs torch and transformers).
+
+    Args:
+        model: a `...ForCausalLM`, a folder that `save_pretrained` wrote, or a GGUF file.
+        max_length: the positions that the cache has room for.
+
+    Raises:
+        IRError: the model cannot be captured, or what was captured computes something else.
+    """
+    if isinstance(model, str | os.PathLike):
+        return ir.from_transformers(Path(model), max_length=max_length)
+    return ir.capture_causal_lm(model, max_length=max_length)
+
+
 def load_model(
     path: str | os.PathLike[str], *, shapes: Mapping[str, tuple[int | str, ...]] | None = None
 ) -> onnx_ir.Model:

@@ -33,6 +33,8 @@ class Request:
     Attributes:
         model: an ONNX file, or a model in memory; None with `from_torch`.
         from_torch: `package.module:factory`; the factory returns (module, example) or an ExportedProgram.
+        from_transformers: a folder or GGUF file with a causal language model.
+        max_length: the positions of that model's cache.
         pipeline: the passes.
         targets: what to build beside the ONNX file, at most one of a name.
         out: the output folder; None compresses and writes nothing.
@@ -53,6 +55,8 @@ class Request:
 
     model: Path | str | onnx_ir.Model | None = None
     from_torch: str = ""
+    from_transformers: str = ""
+    max_length: int = ir.MAX_LENGTH
     pipeline: Pipeline = field(default_factory=Pipeline)
     targets: tuple[targets.Target, ...] = ()
     out: Path | str | None = None
@@ -150,10 +154,15 @@ def _read(request: Request) -> onnx_ir.Model:
             return request.model
         case None if request.from_torch:
             return ir.from_torch(request.from_torch)
+        case None if request.from_transformers:
+            return ir.from_transformers(request.from_transformers, max_length=request.max_length)
         case None:
             raise ir.OptionError("no model was named; give an ONNX file, or --from-torch package.module:factory")
         case path:
-            return ir.load_model(path, check=request.check)
+            model = ir.load_model(path, check=request.check)
+            if (tokenizer := ir.tokenizer_beside(Path(path), model)) is not None:
+                model.meta[ir.TOKENIZER] = tokenizer
+            return model
 
 
 def _shaped(model: onnx_ir.Model, shapes: Mapping[str, tuple[int | str, ...]]) -> onnx_ir.Model:
@@ -189,10 +198,11 @@ def _loaded(request: Request, stages: _Stages) -> tuple[Request, onnx_ir.Model]:
         reference = _read(request)
         model = _shaped(reference, request.shapes)
         data = request.data
-        ir.check_states(model, request.states)
+        states = request.states or ir.states_of(model)
+        ir.check_states(model, states)
         if isinstance(data, str | os.PathLike):
-            data = ir.load_data(data, model, states=request.states)
-    return dataclasses.replace(request, model=model, data=data), reference
+            data = ir.load_data(data, model, states=states)
+    return dataclasses.replace(request, model=model, data=data, states=states), reference
 
 
 def _compress(request: Request, reference: onnx_ir.Model, stages: _Stages, store: Store, dump: Path | None) -> Outcome:
@@ -232,6 +242,9 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
     with stages.stage("save"):
         saved = ir.save_model(outcome.model, folder / MODEL, reload=request.check)
     known = {path.name: digest for path, digest in zip(saved.paths, saved.sha256, strict=True)}
+    assert isinstance(request.model, onnx_ir.Model)
+    if (tokenizer := request.model.meta.get(ir.TOKENIZER)) is not None:
+        ir.write_text(folder / ir.TOKENIZER_FILE, tokenizer)
     checks = [f"saved file reloaded ({request.check})"]
     if request.check == "full" and not report.unchecked:
         with stages.stage("check"):

@@ -11,6 +11,7 @@ import onnx_ir
 
 from mc_opt.ir.errors import IRError, OptionError
 from mc_opt.ir.history import Origin, Touched, add_history
+from mc_opt.ir.io.states import STATES
 from mc_opt.ir.io.weightless import graphs, walk, weightless
 
 # A dimension is a number or a name; as the x between dimensions is one, no name has it.
@@ -22,6 +23,7 @@ Dims = tuple[int | str, ...]
 _ANONYMOUS = {None, "", "?", "-1", "None"}
 # Height, width, length of a sequence, samples of a signal.
 _SIZES = ((224, 224, 64, 576), (48, 192, 64, 512), (32, 320, 128, 1024), (640, 640, 256, 16000))
+_STEP = (1, 1, 1, 1)
 _BATCH = re.compile(r"b|n|bs|.*batch.*", re.IGNORECASE)
 _SPACE = re.compile(r"h|w|.*(height|width).*", re.IGNORECASE)
 
@@ -166,7 +168,9 @@ def shape_advice(model: onnx_ir.Model) -> str | None:
 
 def example_shapes(model: onnx_ir.Model) -> dict[str, tuple[int, ...]]:
     """Static shapes for the inputs that lack them: a guess that shape inference accepts, or else just a guess."""
-    candidates = [_example(model, *sizes) for sizes in _SIZES]
+    # A cache may have room for no more than a step at a time.
+    tried = (_STEP, *_SIZES) if STATES in model.metadata_props else _SIZES
+    candidates = [_example(model, *sizes) for sizes in tried]
     return next((c for c in candidates if c and _fits(model, c)), candidates[0])
 
 

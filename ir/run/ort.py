@@ -113,6 +113,23 @@ class Session:
             raise IRError(f"ONNX Runtime failed to run the model: {_line(error)}") from error
         return dict(zip(self.output_names, outputs, strict=True))
 
+    def binding(self) -> Any:
+        """A binding of buffers to the model's inputs and outputs, for `run_bound`."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: Any) -> list[Any]:
+        """Run on what `binding` binds; its outputs in the order in which they were bound.
+
+        Raises:
+            IRError: when ONNX Runtime fails while it runs.
+        """
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise IRError(f"ONNX Runtime failed to run the model: {_line(error)}") from error
+        outputs: list[Any] = binding.get_outputs()
+        return outputs
+
     def _check(self, inputs: Mapping[str, np.ndarray]) -> None:
         expected = ", ".join(str(spec) for spec in self.inputs)
         known = {spec.name for spec in self.inputs}

@@ -90,11 +90,11 @@ class Emitter:
         self.bb = relax.BlockBuilder()
         self.machine = machine
         self.model = model
-        self.kernels: list[str] = []
-        self.fallbacks: list[str] = []
+        self.kernels, self.fallbacks = list[str](), list[str]()
         self.names: dict[str, tirx.Var] = {}  # the open dimensions of the inputs
         self.moves = Moves()
         self.limits: dict[str, int] = {}  # the largest sizes that the model takes
+        self.states: Mapping[str, str] = {}  # outputs that may be written in place of inputs
         self._held: dict[onnx_ir.Value, _Held] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
 

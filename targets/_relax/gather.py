@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,12 @@ from tvm import te, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._base import TargetError
-from mc_opt.targets._relax.dims import Dim
+from mc_opt.targets._relax import dims, scatter
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets._relax.mapped import constant, held, mapped
+from mc_opt.targets._relax.scatter import at_index
 from mc_opt.targets._relax.shape import first
 from mc_opt.targets.kernels import _loops, lookup
-from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
 
@@ -25,15 +26,6 @@ def _second(node: onnx_ir.Node) -> onnx_ir.Value:
     value = node.inputs[1]
     assert value is not None
     return value
-
-
-def _at(index: Expr, extent: Dim) -> Expr:
-    """An index that may count from the end, kept inside the axis: a kernel must not read wild memory."""
-    size = constant(extent, type_of(index)) if isinstance(extent, int) else extent.astype(type_of(index))
-    wrapped = tirx.Select(index < 0, index + size, index)
-    low = constant(0, type_of(index))
-    high = constant(extent - 1, type_of(index)) if isinstance(extent, int) else size - 1
-    return tirx.max(low, tirx.min(high, wrapped))
 
 
 def _gather(e: Emitter, node: onnx_ir.Node) -> None:
@@ -58,7 +50,7 @@ def _gather(e: Emitter, node: onnx_ir.Node) -> None:
 
     def element(r: Any, i: Any) -> Expr:
         index = r[1](*i[axis : axis + len(picked)])
-        return r[0](*i[:axis], _at(index, shape[axis]), *i[axis + len(picked) :])
+        return r[0](*i[:axis], at_index(index, shape[axis]), *i[axis + len(picked) :])
 
     mapped(e, node.outputs[0], result, [held(e, x), (e.plain(indices), "plain")], element, name="gather")
 
@@ -69,7 +61,7 @@ def _gather_elements(e: Emitter, node: onnx_ir.Node) -> None:
     axis = e.attribute(node, "axis", 0) % len(shape)
 
     def element(r: Any, i: Any) -> Expr:
-        return r[0](*i[:axis], _at(r[1](*i), shape[axis]), *i[axis + 1 :])
+        return r[0](*i[:axis], at_index(r[1](*i), shape[axis]), *i[axis + 1 :])
 
     operands = [held(e, x), held(e, indices)]
     mapped(e, node.outputs[0], e.shape(indices), operands, element, name="gather_elements")
@@ -82,53 +74,67 @@ def _gather_nd(e: Emitter, node: onnx_ir.Node) -> None:
     result = (*picked[:-1], *shape[batch + depth :])
 
     def element(r: Any, i: Any) -> Expr:
-        at = [_at(r[1](*i[: len(picked) - 1], k), shape[batch + k]) for k in range(depth)]
+        at = [at_index(r[1](*i[: len(picked) - 1], k), shape[batch + k]) for k in range(depth)]
         return r[0](*i[:batch], *at, *i[len(picked) - 1 :])
 
     mapped(e, node.outputs[0], result, [held(e, x), (e.plain(indices), "plain")], element, name="gather_nd")
 
 
 def _scatter_nd(e: Emitter, node: onnx_ir.Node) -> None:
-    """Each output element looks for the last update that hits it: no order of writes, no race."""
+    """Rows written one after the other, or, on a GPU and for sums, each element looking for what hits it."""
     x, indices = first(node), _second(node)
     updates = node.inputs[2]
     assert updates is not None
     reduction = e.attribute(node, "reduction", "none")
     if reduction not in ("none", "add"):
         raise TargetError(f"ScatterND {node.name!r}: no kernel for reduction={reduction}; use --target onnx")
+    if reduction == "none" and e.machine.kind != "cuda":
+        scatter.rows(e, x, indices, updates, node.outputs[0])
+        return
     shape, picked = e.shape(x), e.shape(indices)
     depth, rows = picked[-1], math.prod(picked[:-1])
     flat = e.reshape(e.plain(indices), (rows, depth))
     values = e.reshape(e.plain(updates), (rows, *shape[depth:]))
+    e.set(
+        node.outputs[0],
+        e.te(
+            functools.partial(_looked_for, adds=reduction == "add", depth=depth),
+            e.plain(x),
+            flat,
+            values,
+            name="scatter_nd",
+        ),
+    )
 
-    def fn(a: te.Tensor, index: te.Tensor, value: te.Tensor) -> te.Tensor:
-        k = te.reduce_axis((0, rows), name="k")
 
-        def hit(i: Any) -> Expr:
-            return tirx.all(
-                *(tirx.EQ(_at(index(k, d), shape[d]).astype("int64"), i[d].astype("int64")) for d in range(depth))
-            )
+def _looked_for(a: te.Tensor, index: te.Tensor, value: te.Tensor, *, adds: bool, depth: int) -> te.Tensor:
+    """Each element of `a` finds the sum, or the last, of the updates that hit it: no order of writes, no race."""
+    shape = dims.sizes(a)
+    k = te.reduce_axis((0, dims.sizes(index)[0]), name="k")
 
-        def added(*i: Expr) -> Expr:
-            return te.sum(tirx.Select(hit(i), value(k, *i[depth:]), constant(0, str(a.dtype))), axis=k)
-
-        if reduction == "add":
-            total = te.compute(shape, added, name="added")
-            return te.compute(shape, lambda *i: a(*i) + total(*i), name="scatter_nd")
-        nothing = tirx.const(-1, "int32")
-        winner = te.compute(
-            shape[:depth],
-            lambda *i: te.max(tirx.Select(hit(i), k.var.astype("int32"), nothing), axis=k),
-            name="winner",
+    def hit(i: Any) -> Expr:
+        return tirx.all(
+            *(tirx.EQ(at_index(index(k, d), shape[d]).astype("int64"), i[d].astype("int64")) for d in range(depth))
         )
 
-        def element(*i: Expr) -> Expr:
-            row = winner(*i[:depth])
-            return tirx.if_then_else(row >= 0, value(tirx.max(row, 0), *i[depth:]), a(*i))
+    def added(*i: Expr) -> Expr:
+        return te.sum(tirx.Select(hit(i), value(k, *i[depth:]), constant(0, str(a.dtype))), axis=k)
 
-        return te.compute(shape, element, name="scatter_nd")
+    if adds:
+        total = te.compute(shape, added, name="added")
+        return te.compute(shape, lambda *i: a(*i) + total(*i), name="scatter_nd")
+    nothing = tirx.const(-1, "int32")
+    winner = te.compute(
+        shape[:depth],
+        lambda *i: te.max(tirx.Select(hit(i), k.var.astype("int32"), nothing), axis=k),
+        name="winner",
+    )
 
-    e.set(node.outputs[0], e.te(fn, e.plain(x), flat, values, name="scatter_nd"))
+    def element(*i: Expr) -> Expr:
+        row = winner(*i[:depth])
+        return tirx.if_then_else(row >= 0, value(tirx.max(row, 0), *i[depth:]), a(*i))
+
+    return te.compute(shape, element, name="scatter_nd")
 
 
 def _scatter_elements(e: Emitter, node: onnx_ir.Node) -> None:
@@ -149,7 +155,7 @@ def _scatter_elements(e: Emitter, node: onnx_ir.Node) -> None:
         with T.serial(0, count) as k:
             place, rest, step = tirx.const(0, "int64"), k.astype("int64"), 1
             for d in reversed(range(len(shape))):
-                along = _at(index[k].astype("int64"), shape[d]) if d == axis else rest % picked[d]
+                along = at_index(index[k].astype("int64"), shape[d]) if d == axis else rest % picked[d]
                 place, rest, step = place + along * step, rest // picked[d], step * shape[d]
             T.buffer_store(y, _REDUCTIONS[reduction](y[place], value[k]), [place])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,29 @@ class Lowered:
     limits: dict[str, int]
 
 
-def lower(model: onnx_ir.Model, machine: Machine, progress: Callable[[int, int, str], None]) -> Lowered:
+def lower(
+    model: onnx_ir.Model,
+    machine: Machine,
+    progress: Callable[[int, int, str], None],
+    *,
+    states: Mapping[str, str] | None = None,
+) -> Lowered:
     """Emit the Relax function `main` of a model whose inputs have static shapes, or such open ones as may be.
 
     The function takes the model's inputs in order and returns a tuple of its outputs in order.
+
+    Args:
+        model: the model.
+        machine: what it will run on.
+        progress: told of every node.
+        states: outputs that may be written over inputs, by name.
     """
     table = _relax.handlers()
     fallbacks = _inline_functions(model, table)
     half.widen(model)
     fallbacks += bodies.expand(model, table)
     emitter = Emitter(model, machine)
+    emitter.states = states or {}
     emitter.fallbacks.extend(fallbacks)
     inputs: list[Any] = []
     for value, shape in zip(model.graph.inputs, open_shapes(model), strict=True):

@@ -12,7 +12,7 @@ ArgMax ArgMin AveragePool BatchNormalization Concat ConstantOfShape Conv CumSum 
 Flatten GRU Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization
 InstanceNormalization LSTM LayerNormalization LogSoftmax LpPool MatMul MaxPool Pad QuantizeLinear RMSNormalization RNN
 Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-ReduceSumSquare Reshape Shape Size Slice Softmax SpaceToDepth Split Squeeze Tile Transpose Trilu Unsqueeze
+ReduceSumSquare Reshape ScatterND Shape Size Slice Softmax SpaceToDepth Split Squeeze Tile Transpose Trilu Unsqueeze
 """
 _TAKEN = {*elementwise.HANDLERS, *_MORE.split()}
 

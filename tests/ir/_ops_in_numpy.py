@@ -11,6 +11,7 @@ from mc_opt import ir
 from mc_opt.ir.op import Example, Op
 from mc_opt.ir.ops import (
     add_sparse,
+    cached_attention,
     euclid_conv,
     euclid_conv_integer,
     euclid_linear,
@@ -71,7 +72,21 @@ def expected(op: Op, example: Example) -> np.ndarray:
             x, bias, *factors = example.inputs
             w = ir.kron_weight(factors, factors[0].ndim - 2).astype(float)
             return (x.astype(float) @ w.T + (0 if bias is None else bias)).astype(x.dtype)
+        case cached_attention.CachedAttention():
+            return attend(example)
     raise AssertionError(f"write {op.name} in numpy here")
+
+
+def attend(example: Example) -> np.ndarray:
+    """Attention token by token, on the part of the cache that the token sees."""
+    *given, positions = example.inputs
+    q, keys, values = (a.astype(float) for a in given)
+    result = np.empty_like(q)
+    for b, h, t in np.ndindex(*q.shape[:3]):
+        group, seen = h * keys.shape[1] // q.shape[1], int(positions[t]) + 1
+        scores = np.exp(keys[b, group, :seen] @ q[b, h, t] / np.sqrt(q.shape[3]))
+        result[b, h, t] = scores @ values[b, group, :seen] / scores.sum()
+    return result.astype(example.inputs[0].dtype)
 
 
 def convolve(example: Example) -> np.ndarray:

