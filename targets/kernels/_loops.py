@@ -14,7 +14,9 @@ from mc_opt.targets import _machine
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
-from mc_opt.targets.kernels._schedule import SCHEDULED
+
+# The attribute of a PrimFunc that needs no schedule.
+SCHEDULED = "mc_opt.scheduled"
 
 # Expressions, buffers and PrimFuncs of an untyped package.
 Expr = Any

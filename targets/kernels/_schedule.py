@@ -15,9 +15,8 @@ from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-
-# The attribute of a PrimFunc that needs no schedule.
-SCHEDULED = "mc_opt.scheduled"
+from mc_opt.targets.kernels import _sliding, _window
+from mc_opt.targets.kernels._loops import SCHEDULED
 
 # A loop nest below this many element operations is over before another thread has woken up.
 _PARALLEL_WORK = 1 << 20
@@ -89,6 +88,8 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
     for fused in (True, False):
         state = s_tir.Schedule(function)
         _inline(state)
+        if any(_window.read(state.get(b).annotations) for b in _blocks(state)):
+            return _sliding_window(state, machine)
         tiled = [b for b in _blocks(state) if _tile(state, b)]
         if not tiled:
             _general(state, machine)
@@ -106,6 +107,18 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
     _inline(state)
     _general(state, machine)
     return state.mod["main"], f"no register tile: {problem}"
+
+
+def _sliding_window(state: Any, machine: Machine) -> tuple[Any, str]:
+    """A convolution or pooling and its consumer, loop by loop; the general rule where it is more than that."""
+    first, *rest = (state.get(b) for b in _blocks(state))
+    try:
+        if len(rest) > 1 or not _window.read(first.annotations):
+            raise ValueError(f"{len(rest) + 1} blocks")
+        return _sliding.written(state.mod["main"], first, rest[0] if rest else None, machine), ""
+    except ValueError as error:
+        _general(state, machine)
+        return state.mod["main"], f"no register tile: {error}"
 
 
 def first_line(error: Exception) -> str:

@@ -12,7 +12,8 @@ from tvm.s_tir import dlight
 
 from mc_opt.targets._relax import dims
 from mc_opt.targets.kernels import _lookup_rows
-from mc_opt.targets.kernels._schedule import SCHEDULED, first_line
+from mc_opt.targets.kernels._loops import SCHEDULED
+from mc_opt.targets.kernels._schedule import first_line
 
 # Rules that give one sum to many threads.
 _SHARED_SUMS = (dlight.gpu.GEMV, dlight.gpu.LowBatchGEMV, dlight.gpu.Reduction, dlight.gpu.GeneralReduction)

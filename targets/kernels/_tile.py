@@ -67,6 +67,49 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     return best[2]
 
 
+def exact(rows: int, width: int, columns: int, machine: Machine) -> Tile:
+    """The tile of least estimated time where the last tiles are as small as what is left."""
+    if machine.kind == "cuda":
+        return Tile(1, 1, 1, 1)
+    vector = vector_width(columns, machine)
+    vectors = math.ceil(columns / vector)
+    widest = (3 if machine.kind == "x86" else 2) if rows * width >= 4 else 8
+    tiles = [(*_positions(rows, width, vectors, held, machine), held) for held in range(1, min(widest, vectors) + 1)]
+    _, high, wide, held = min(tiles)
+    return Tile(high, wide, held * vector, vector)
+
+
+def positions(rows: int, width: int, columns: int, tile: Tile, machine: Machine) -> tuple[int, int]:
+    """How high and wide a tile of so many columns is best, where the last tiles are as small as what is left."""
+    vectors = math.ceil(columns / tile.vector)
+    _, high, wide = _positions(rows, width, vectors, tile.columns // tile.vector, machine)
+    return high, wide
+
+
+def _positions(rows: int, width: int, vectors: int, held: int, machine: Machine) -> tuple[float, int, int]:
+    """The estimated time of `choose`, the tail tiles by themselves, and the height and width that need it."""
+    limit = machine.registers - 4
+    best: tuple[float, int, int, int] | None = None
+    for wide in range(1, min(width, limit // held) + 1):
+        for high in range(1, min(rows, limit // (held * wide)) + 1):
+            cost = 0.0
+            for h, down in _cut(rows, high):
+                for w, across in _cut(width, wide):
+                    for v, panels in _cut(vectors, held):
+                        step = max(h * w * v / 2, 0.8 * (h * w + v), 4.0, 1.5 * v)
+                        cost += down * across * panels * (step + 0.25 * v)
+            key = (cost, -high * wide, high, wide)
+            best = key if best is None or key < best else best
+    assert best is not None
+    return best[0], best[2], best[3]
+
+
+def _cut(length: int, size: int) -> list[tuple[int, int]]:
+    """(size, count) of the whole tiles, and of what is left."""
+    whole = [(size, length // size)] if length >= size else []
+    return whole + ([(length % size, 1)] if length % size else [])
+
+
 def open_ended(columns: int, machine: Machine, *, multiple: int = 1) -> Tile:
     """The tile of a product whose number of rows only the run tells.
 

@@ -2,8 +2,8 @@
 
     y[n, p, o] = b[o] + Σ_k,i  x[n, p · stride + k · dilation, i] · w[o / c, k, i, o mod c]
 
-Padding is a kernel of its own, so that the planner owns its buffer; it also extends the input to whole
-tiles and repeats channels where a depthwise kernel has several outputs a channel.
+A depthwise kernel steps over its padding. Where each input channel meets many outputs, padding is a kernel of its
+own, so that the planner owns its buffer; so are the repeated channels of a depthwise kernel with several outputs each.
 """
 
 from __future__ import annotations
@@ -20,35 +20,15 @@ from tvm import relax, te, tirx
 
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _decode, _tile, _weights
+from mc_opt.targets.kernels import _decode, _tile, _weights, _window
 from mc_opt.targets.kernels._tile import Tile
+from mc_opt.targets.kernels._window import Sliding, axes_of, tap
+from mc_opt.targets.kernels._window import Window as Window  # part of what a convolution is asked for
 
 # FuseOps takes element-wise consumers into a kernel of this pattern (relax.OpPatternKind: out-elementwise-fusable).
 FUSABLE = {"op_pattern": 4}
 # Output channels of a group that are worth a tile of a block of threads.
 _MANY_COLUMNS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """The geometry of a sliding window over `rank` spatial axes; pads are (before, after) pairs."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
-
-    def output(self, size: Sequence[int], *, ceil: bool = False) -> tuple[int, ...]:
-        """Output positions an axis for an input of `size`."""
-        result = []
-        for n, k, s, d, (before, after) in zip(size, self.kernel, self.strides, self.dilations, self.pads, strict=True):
-            free = n + before + after - d * (k - 1) - 1
-            count = (-(-free // s) if ceil else free // s) + 1
-            # ONNX drops a ceil_mode window that would start in the padding after the input.
-            if ceil and (count - 1) * s >= n + before:
-                count -= 1
-            result.append(count)
-        return tuple(result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,24 +126,17 @@ def padded(
     return e.moved(pad, x, name="pad")
 
 
-def tile_of(positions: Sequence[int], columns: int, e: Emitter) -> Tile:
-    """The tile for output positions [.., rows, width]."""
-    rows = positions[-2] if len(positions) > 1 else 1
-    return _tile.choose(rows, positions[-1], columns, e.machine)
+def tile_of(positions: Sequence[int], columns: int, e: Emitter, *, is_flat: bool) -> Tile:
+    """The tile for output positions [.., rows, width]; `is_flat` where rows may run on into the next."""
+    rows, width = positions[-2] if len(positions) > 1 else 1, positions[-1]
+    return _tile.exact(*(1, rows * width) if is_flat else (rows, width), columns, e.machine)
 
 
-def whole_tiles(positions: Sequence[int], tile: Tile) -> list[int]:
-    """The positions, the last two rounded up to whole tiles."""
-    result = list(positions)
-    result[-1] = -(-result[-1] // tile.wide) * tile.wide
-    if len(result) > 1:
-        result[-2] = -(-result[-2] // tile.high) * tile.high
-    return result
-
-
-def extended(shape: Sequence[int], w: Window, rounded: Sequence[int]) -> list[int]:
-    """The input size that `rounded` output positions read, at least the padded input where windows end inside it."""
-    return [(p - 1) * s + d * (k - 1) + 1 for p, s, d, k in zip(rounded, w.strides, w.dilations, w.kernel, strict=True)]
+def extended(w: Window, positions: Sequence[int]) -> list[int]:
+    """The input size that output positions read."""
+    return [
+        (p - 1) * s + d * (k - 1) + 1 for p, s, d, k in zip(positions, w.strides, w.dilations, w.kernel, strict=True)
+    ]
 
 
 def convolution(
@@ -187,14 +160,17 @@ def convolution(
     if groups > 1 and per_group == 1:
         return _depthwise(e, x, weight, _added(e, bias, shift), window=window, positions=positions, name=name)
     group_columns = o // groups
-    tile = tile_of(positions, group_columns, e)
+    is_flat = not any(
+        k > 1 or s > 1 or any(p) for k, s, p in zip(window.kernel, window.strides, window.pads, strict=True)
+    )
+    tile = tile_of(positions, group_columns, e, is_flat=is_flat)
     if groups > 1 and group_columns % tile.columns:
         tile = dataclasses.replace(tile, columns=_divisor(group_columns, tile), vector=1)
         tile = dataclasses.replace(tile, vector=math.gcd(tile.columns, e.machine.lanes))
-    rounded = whole_tiles(positions, tile)
     before = [p[0] for p in window.pads]
-    source = padded(e, x, before, _reach(shape, window, rounded), channels=shape[-1])
+    source = padded(e, x, before, _reach(shape, window, positions), channels=shape[-1])
     packed = weight.packed(tile.columns)
+    sliding = Sliding(tile.columns, tile.vector, channelwise=False, axes=axes_of(window, dims.sizes(source)))
     if e.machine.kind == "cuda" and groups > 1 and group_columns >= _MANY_COLUMNS:
         return _batched(e, source, packed, _added(e, bias, shift), window=window, groups=groups, name=name)
 
@@ -210,8 +186,8 @@ def convolution(
             w = b(column // tile.columns, *reduce, channel, column % tile.columns)
             return te.sum(a(n, *where, first + channel) * w, axis=[*reduce, channel])
 
-        domain = (shape[0], *rounded, tiles * tile.columns)
-        total = te.compute(domain, element, name="mc_conv", attrs=tile.annotation())
+        domain = (shape[0], *positions, tiles * tile.columns)
+        total = te.compute(domain, element, name="mc_conv", attrs=sliding.annotation())
         return cut(total, (shape[0], *positions, o), *rest)
 
     return fusable(e, compute, source, packed, *_added(e, bias, shift), name=name)
@@ -299,34 +275,36 @@ def _depthwise(
     shape = dims.sizes(x)
     o = weight.shape[0]
     vector = _tile.vector_width(o, e.machine)
-    channels = -(-o // vector) * vector
-    wide = min(positions[-1], 8 if e.machine.registers > 16 else min(4, e.machine.registers))
-    wide = min(range(1, wide + 1), key=lambda v: (-(-positions[-1] // v) * (v + 2), v))
-    tile = Tile(1, wide, vector, vector)
-    rounded = whole_tiles(positions, tile)
-    before = [p[0] for p in window.pads]
-    size = _reach(shape, window, rounded)
-    source = padded(e, x, before, size, channels=channels, repeat=o // shape[-1])
+    repeat = o // shape[-1]
+    axes = axes_of(window, shape, before=[p[0] for p in window.pads])
+    source = x
+    # A processor's loops step over the padding; a GPU's kernel takes in the kernel that pads.
+    if e.machine.kind == "cuda" or not _window.steps_over(axes[-1], positions[-1], e.machine):
+        before = [p[0] for p in window.pads]
+        source = padded(e, x, before, _reach(shape, window, positions), channels=o, repeat=repeat)
+        axes = axes_of(window, dims.sizes(source))
+    elif repeat > 1:
+        source = padded(e, x, [0] * len(axes), shape[1:-1], channels=o, repeat=repeat)
+    sliding = Sliding(vector, vector, channelwise=True, axes=axes)
     packed = weight.packed(vector)
 
     def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
         reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(window.kernel)]
 
-        def element(n: Any, *i: Any) -> Any:
-            *p, c = i
-            where = [q * s + k * d for q, s, k, d in zip(p, window.strides, reduce, window.dilations, strict=True)]
-            return te.sum(a(n, *where, c) * b(c // vector, *reduce, 0, c % vector), axis=reduce)
+        def element(*i: Any) -> Any:
+            value = tap(a, i, reduce, axes=axes, positions=positions, fill=0)
+            return te.sum(value * b(i[-1] // vector, *reduce, 0, i[-1] % vector), axis=reduce)
 
-        domain = (shape[0], *rounded, channels)
-        total = te.compute(domain, element, name="mc_depthwise", attrs=tile.annotation())
+        domain = (shape[0], *positions, o)
+        total = te.compute(domain, element, name="mc_depthwise", attrs=sliding.annotation())
         return cut(total, (shape[0], *positions, o), *rest)
 
     return fusable(e, compute, source, packed, *added, name=name)
 
 
-def _reach(shape: Sequence[int], w: Window, rounded: Sequence[int]) -> list[int]:
-    """The spatial size to give the input: what the rounded positions read, or x as it is when it is enough."""
-    needed = extended(shape, w, rounded)
+def _reach(shape: Sequence[int], w: Window, positions: Sequence[int]) -> list[int]:
+    """The spatial size to give the input: what the positions read, or x as it is when it is enough."""
+    needed = extended(w, positions)
     if any(p[0] for p in w.pads):
         return needed
     held = list(shape[1:-1])

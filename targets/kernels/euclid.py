@@ -21,7 +21,7 @@ from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler, Layout
 from mc_opt.targets._relax.mapped import mapped
 from mc_opt.targets.kernels import conv, gemm, lookup_gemv
-from mc_opt.targets.kernels.conv import Window
+from mc_opt.targets.kernels._window import Window
 
 
 def euclid_conv(e: Emitter, node: onnx_ir.Node) -> None:
@@ -127,7 +127,7 @@ def _box(e: Emitter, x: relax.Expr, window: Window, groups: int) -> relax.Expr:
     box = e.te(functools.partial(_squares, groups=groups, factor=-0.5), x, name="squares")
     # One group: the map's last axis is a spatial one, along which vectors lie.
     tail = () if groups == 1 else (groups,)
-    size = conv.extended((), window, positions)
+    size = conv.extended(window, positions)
     box = conv.padded(e, box, [p[0] for p in window.pads], size, channels=groups)
     box = e.reshape(box, (n, *size, *tail))
     for axis, (k, s, d) in enumerate(zip(window.kernel, window.strides, window.dilations, strict=True)):

@@ -11,10 +11,12 @@ import onnx_ir
 from tvm import relax, te, tirx
 
 from mc_opt.targets._base import TargetError
+from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _math
-from mc_opt.targets.kernels.conv import Window, window
+from mc_opt.targets.kernels import _math, _tile, _window
+from mc_opt.targets.kernels._window import Axis, Sliding, Window, axes_of, tap
+from mc_opt.targets.kernels.conv import window
 
 _LOWEST = {"float16": -65504.0, "float32": -3.4028234663852886e38, "float64": -1.7976931348623157e308}
 
@@ -43,16 +45,20 @@ def pool(e: Emitter, node: onnx_ir.Node) -> None:
     e.set(node.outputs[0], y, "nhwc")
 
 
-def _surrounded(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], fill: float) -> relax.Expr:
-    """x [n, *spatial, c] with `fill` around it, as far as the windows reach."""
+def _surrounded(
+    e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], fill: float
+) -> tuple[relax.Expr, tuple[Axis, ...]]:
+    """x [n, *spatial, c] and the axes of the window over it; `fill` around x where the kernel cannot step over it."""
     n, *spatial, c = dims.sizes(x)
     before = [p[0] for p in w.pads]
     size = [
         max((p - 1) * s + d * (k - 1) + 1, b + held)
         for p, s, d, k, b, held in zip(positions, w.strides, w.dilations, w.kernel, before, spatial, strict=True)
     ]
-    if size == spatial and not any(before):
-        return x
+    axes = axes_of(w, dims.sizes(x), before)
+    is_stepped_over = e.machine.kind != "cuda" and _window.steps_over(axes[-1], positions[-1], e.machine)
+    if is_stepped_over or (size == spatial and not any(before)):
+        return x, axes
 
     def surround(a: te.Tensor) -> te.Tensor:
         def element(*i: Any) -> Any:
@@ -65,36 +71,47 @@ def _surrounded(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], 
 
         return te.compute((n, *size, c), element, name="pad")
 
-    return e.te(surround, x, name="pad")
+    return e.te(surround, x, name="pad"), axes_of(w, (n, *size, c))
 
 
 def _reduced(
-    a: te.Tensor, w: Window, positions: Sequence[int], reducer: Any, term: Any = None, name: str = "mc_pool"
+    a: te.Tensor,
+    axes: tuple[Axis, ...],
+    positions: Sequence[int],
+    reducer: Any,
+    *,
+    machine: Machine,
+    fill: float = 0,
+    term: Any = None,
 ) -> te.Tensor:
     n, *_, c = dims.sizes(a)
-    steps = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(w.kernel)]
+    steps = [te.reduce_axis((0, axis.kernel), name=f"k{i}") for i, axis in enumerate(axes)]
+    vector = _tile.vector_width(c, machine)
 
     def element(*i: Any) -> Any:
-        where = [q * s + k * d for q, s, k, d in zip(i[1:-1], w.strides, steps, w.dilations, strict=True)]
-        value = a(i[0], *where, i[-1])
+        value = tap(a, i, steps, axes=axes, positions=positions, fill=fill)
         return reducer(value if term is None else term(value), axis=steps)
 
-    return te.compute((n, *positions, c), element, name=name)
+    sliding = Sliding(vector, vector, channelwise=True, axes=axes)
+    return te.compute((n, *positions, c), element, name="mc_pool", attrs=sliding.annotation())
 
 
 def _maximum(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int]) -> relax.Expr:
     dtype = str(x.ty.dtype)
     lowest = _LOWEST[dtype] if dtype in _LOWEST else int(tirx.min_value(dtype).value)
-    source = _surrounded(e, x, w, positions, lowest)
-    return e.te(functools.partial(_reduced, w=w, positions=positions, reducer=te.max), source, name="max_pool")
+    source, axes = _surrounded(e, x, w, positions, lowest)
+    maximum = functools.partial(
+        _reduced, axes=axes, positions=positions, reducer=te.max, machine=e.machine, fill=lowest
+    )
+    return e.te(maximum, source, name="max_pool")
 
 
 def _average(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], *, include: bool) -> relax.Expr:
     spatial = dims.sizes(x)[1:-1]
-    source = _surrounded(e, x, w, positions, 0.0)
+    source, axes = _surrounded(e, x, w, positions, 0.0)
 
     def average(a: te.Tensor) -> te.Tensor:
-        total = _reduced(a, w, positions, te.sum)
+        total = _reduced(a, axes, positions, te.sum, machine=e.machine)
 
         def element(*i: Any) -> Any:
             return total(*i) / _count(i[1:-1], w, spatial, include=include).astype(a.dtype)
@@ -120,10 +137,10 @@ def _count(position: Sequence[Any], w: Window, spatial: Sequence[int], *, includ
 
 
 def _power(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], *, p: int) -> relax.Expr:
-    source = _surrounded(e, x, w, positions, 0.0)
+    source, axes = _surrounded(e, x, w, positions, 0.0)
 
     def norm(a: te.Tensor) -> te.Tensor:
-        total = _reduced(a, w, positions, te.sum, lambda v: _raised(v, p))
+        total = _reduced(a, axes, positions, te.sum, machine=e.machine, term=lambda v: _raised(v, p))
         return te.compute(total.shape, lambda *i: _root(total(*i), p), name="nth_root")
 
     return e.te(norm, source, name="lp_pool")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.targets._kernels import check, normal
+from tests.targets._kernels import check, feeds, machine, model, normal, running
 
 pytestmark = pytest.mark.tvm
 
@@ -22,6 +22,17 @@ CASES = {
     "one channel": (1, 5, (9,), 1, (1,), "strides=[1]", 1),
     "three dimensions": (1, 4, (5, 6, 7), 6, (2, 3, 2), "pads=[1,0,1,0,1,1]", 1),
     "strided point": (1, 16, (15, 15), 40, (1, 1), "strides=[2,2]", 1),
+    "point, blocks of the weight": (2, 192, (5, 7), 72, (1, 1), "strides=[1,1]", 1),
+    "blocks of the weight": (1, 64, (7, 7), 112, (3, 3), "pads=[1,1,1,1]", 1),
+    "blocks of the weight, groups": (1, 128, (7, 9), 128, (3, 3), "pads=[1,1,1,1]", 2),
+    "blocks, one dimension": (1, 96, (29,), 80, (5,), "pads=[2,2]", 1),
+    "small weight": (2, 16, (11, 13), 88, (1, 1), "strides=[1,1]", 1),
+    "depthwise wide": (2, 40, (19, 37), 40, (5, 5), "pads=[2,2,2,2]", 40),
+    "depthwise strided": (1, 88, (17, 33), 88, (5, 3), "pads=[2,1,2,1], strides=[2,2]", 88),
+    "depthwise dilated": (1, 16, (15, 40), 16, (3, 3), "pads=[3,3,3,3], dilations=[3,3]", 16),
+    "depthwise, mostly padding": (1, 16, (3, 30), 16, (3, 3), "pads=[9,9,9,9], dilations=[9,9]", 16),
+    "depthwise, one dimension": (1, 12, (50,), 12, (4,), "pads=[3,1]", 12),
+    "depthwise, three dimensions": (1, 4, (5, 6, 9), 4, (3, 3, 3), "pads=[1,1,1,1,2,0]", 4),
 }
 
 
@@ -38,7 +49,10 @@ def test_convolution_with_fused_activation(name):
     check(*_conv_text(CASES[name], "y = Relu(c)"))
 
 
-@pytest.mark.parametrize("name", ["odd", "grouped", "depthwise multiplier"])
+ON_AVX2 = ["odd", "grouped", "depthwise multiplier", "blocks of the weight", "small weight", "depthwise wide"]
+
+
+@pytest.mark.parametrize("name", ON_AVX2)
 def test_convolution_on_avx2(name):
     check(*_conv_text(CASES[name], "y = Relu(c)"), cpu="x86-64-v3")
 
@@ -47,6 +61,32 @@ def test_residual_is_added_on_the_tile():
     text = """g (float[1,16,9,9] x) => (float[1,16,9,9] y)
         { a = Relu(x)  c = Conv<pads=[1,1,1,1]>(a, w)  s = Add(c, a)  y = Relu(s) }"""
     check(text, {"w": normal(16, 16, 3, 3)})
+
+
+@pytest.mark.parametrize("name", ["blocks of the weight", "depthwise wide", "small weight"])
+def test_convolution_on_two_threads(name):
+    n, c, size, *rest = CASES[name]
+    check(*_conv_text((n, c, tuple(4 * s for s in size), *rest), "y = Relu(c)"), threads=2)
+
+
+def test_a_padding_that_is_stepped_over_gives_the_same_bits_as_one_that_is_read():
+    head = "g (float[1,24,13,21] x) => (float[1,24,a,b] y)"
+    weights = {"w": normal(24, 1, 3, 3), "pads": np.array([0, 0, 1, 2, 0, 0, 1, 1])}
+    over = model(f"{head} {{ y = Conv<group=24, strides=[2,1], pads=[1,2,1,1]>(x, w) }}", weights)
+    read = model(f"{head} {{ p = Pad(x, pads)  y = Conv<group=24, strides=[2,1]>(p, w) }}", weights)
+    results = []
+    for proto in (over, read):
+        with running(proto, machine()) as (run, notes):
+            results += run(list(feeds(proto).values()))
+        assert notes == []
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("shape", ["1,40,5,7", "1,40,1,1", "1,1,5,1", "1,1,1,7"])
+def test_what_is_added_to_a_point_convolution_may_lie_along_any_axis(shape):
+    text = f"""g (float[1,24,5,7] x, float[{shape}] s) => (float[1,40,5,7] y)
+        {{ c = Conv(x, w)  a = Add(c, s)  y = Relu(a) }}"""
+    check(text, {"w": normal(40, 24, 1, 1)}, quiet=False)
 
 
 def test_pad_after_a_convolution_is_not_taken_for_element_wise():
@@ -86,7 +126,10 @@ POOLS = [
     "AveragePool<kernel_shape=[3,2], strides=[2,2], pads=[1,1,0,0]>",
     "AveragePool<kernel_shape=[3,2], strides=[2,2], pads=[1,1,0,0], count_include_pad=1>",
     "AveragePool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1, count_include_pad=1, pads=[1,1,1,1]>",
+    "MaxPool<kernel_shape=[3,3], strides=[1,1], dilations=[4,4], pads=[2,2,2,2]>",
+    "AveragePool<kernel_shape=[12,13], pads=[2,2,2,2]>",
     "LpPool<kernel_shape=[3,3], p=2>",
+    "LpPool<kernel_shape=[3,3], p=3, pads=[1,1,1,1]>",
     "GlobalAveragePool",
     "GlobalMaxPool",
     "GlobalLpPool<p=1>",

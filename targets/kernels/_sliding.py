@@ -1,0 +1,96 @@
+"""The loops of a sliding window, written out: a tile of sums in registers, its consumers at the end of the tile.
+
+TVM's primitives split an axis evenly and read a weight again for each tile of rows. Written out, the last tiles are as
+small as what is left, windows step over their padding instead of reading zeros, and a weight that lies beyond the
+caches is fetched once, block by block, while the block before it is multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax import dims
+from mc_opt.targets.kernels import _loops, _window
+from mc_opt.targets.kernels._expressions import Expr
+from mc_opt.targets.kernels._nest import Nest, read_sums
+from mc_opt.targets.kernels._sliding_dense import Dense
+
+# Windows of at most so many taps are written out where no tap can be padding.
+_UNROLLED_TAPS = 32
+
+
+def written(function: Any, block: Any, consumer: Any | None, machine: Machine) -> Any:
+    """The kernel of a block of sums and its only consumer, loop by loop; ValueError where they do not fit."""
+    window = _window.read(block.annotations)
+    assert window is not None
+    sums = read_sums(block, consumer)
+    nest = Channelwise(sums, window, machine) if window.channelwise else Dense(sums, window, machine)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        nest.write()
+    return function.with_body(builder.get().body)
+
+
+class Channelwise(Nest):
+    """A depthwise convolution or pooling: rows outside; windows at the border leave out the taps that are padding."""
+
+    def write(self) -> None:
+        """Images and rows | vectors of channels | tiles along the row, those at the border written out."""
+        last, width = self.window.axes[-1], self.positions[-1]
+        wide = _window.channelwise_width(width, self.machine)
+        borders = set(_window.border_tiles(last, width, wide))
+        tiles = range(-(-width // wide))
+        inner = [q for q in tiles if q not in borders]
+        work = math.prod(dims.nominal(n) for n in self.sums.extents) * math.prod(a.kernel for a in self.window.axes)
+        with self.outer([self.images, *self.positions[:-1]], work) as at:
+            for start, count, lanes in _loops.split(self.channels, self.window.vector):
+                with self.serial(count) as v:
+                    for q in tiles:
+                        if q in borders:
+                            size = min(wide, width - q * wide)
+                            self._tile(at, q * wide, size, v * lanes + start, lanes, is_border=True)
+                        elif q == inner[0]:
+                            with self.serial(len(inner)) as step:
+                                first = (step + inner[0]) * wide
+                                self._tile(at, first, wide, v * lanes + start, lanes, is_border=False)
+
+    def _tile(self, at: Sequence[Expr], first: Any, wide: int, channel: Expr, lanes: int, *, is_border: bool) -> None:
+        *upper, last = self.window.axes
+        acc = _loops.registers(wide, lanes, self.dtype)
+        self.start(acc, wide, lanes)
+        with ExitStack() as stack:
+            rows = zip(upper, self.positions[:-1], at[1:], strict=True)
+            taps = [stack.enter_context(self._taps(axis, count, p)) for axis, count, p in rows]
+            written_out = is_border or last.kernel <= _window.MOST_TAPS
+            along = range(last.kernel) if written_out else [stack.enter_context(self.serial(last.kernel))]
+            for tap in along:
+                inside = [j for j in range(wide) if not is_border or last.is_inside(first + j, tap)]
+                if not inside:
+                    continue
+                with self.unrolled(len(inside), lanes) as (j, lane):
+                    place = j + inside[0]
+                    self.add(acc, place * lanes + lane, [*at, place + first, channel + lane], [*taps, tap])
+        with self.unrolled(wide, lanes) as (j, lane):
+            self.finish(acc, j * lanes + lane, [*at, j + first, channel + lane])
+
+    def _taps(self, axis: _window.Axis, count: int, position: Expr) -> Any:
+        """A loop over the taps of the window at one of `count` positions that lie inside the source."""
+        if axis.is_whole(0) and axis.is_whole(count - 1):
+            all_taps = math.prod(a.kernel for a in self.window.axes)
+            return (
+                T.unroll(self.index(0), self.index(axis.kernel))
+                if all_taps <= _UNROLLED_TAPS
+                else self.serial(axis.kernel)
+            )
+        # Taps k with 0 <= position * stride - before + k * dilation < held.
+        start = position * axis.stride - axis.before
+        first = tirx.max(tirx.floordiv(self.index(axis.dilation - 1) - start, axis.dilation), self.index(0))
+        beyond = tirx.floordiv(self.index(axis.held + axis.dilation - 1) - start, axis.dilation)
+        return self.serial(tirx.min(beyond, self.index(axis.kernel)), first)
