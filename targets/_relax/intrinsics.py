@@ -23,18 +23,19 @@ PIPELINE = "mc_opt"
 
 _FUNCTIONS: dict[str, Callable[[Expr], Expr]] = {
     "exp": _math.exp_definition,
+    "exp_not_positive": _math.exp_not_positive_definition,
     "erf": _math.erf_definition,
     "log": _math.log_definition,
     "sigmoid": _math.sigmoid_definition,
     "tanh": _math.tanh_definition,
 }
 # Vector widths that kernels use; any other width keeps the expression itself.
-_LANES = (1, 4, 8, 16, 32, 64)
+_LANES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def register() -> None:
     """Make code use our functions; for the whole process, so only a build's own process does it."""
-    for name in _FUNCTIONS:
+    for name in _DOUBLE:
         tirx.register_intrin_lowering(f"tirx.{name}", target="llvm", f=_rule(name), level=99)
     compilation_pipeline.PIPELINE_MAP[PIPELINE] = _pipeline
 
@@ -64,7 +65,7 @@ def _rule(name: str) -> Callable[[Any], Any]:
 def _single(name: str, x: Expr, lanes: int) -> Expr:
     if lanes not in _LANES:
         return _FUNCTIONS[name](x)
-    return tirx.call_pure_extern(_math.type_of(x), _symbol(name, lanes), x)
+    return tirx.call_pure_extern(_math.type_of(x), _math.symbol(name, x), x)
 
 
 def _library(name: str) -> Callable[[Expr], Expr]:
@@ -97,10 +98,6 @@ _DOUBLE: dict[str, Callable[[Expr], Expr]] = {
     "sigmoid": _double_sigmoid,
     "tanh": _double_tanh,
 }
-
-
-def _symbol(name: str, lanes: int) -> str:
-    return f"mc_{name}_f32x{lanes}"
 
 
 def with_functions(module: tvm.IRModule) -> tvm.IRModule:
@@ -161,7 +158,7 @@ class _Printer:
         self.names[x] = "%x"
         result = self.value(make(x))
         body = "\n".join(self.lines)
-        return f"define {kind} @{_symbol(name, lanes)}({kind} %x) {{\n{body}\n  ret {kind} {result}\n}}"
+        return f"define {kind} @{_math.symbol(name, x)}({kind} %x) {{\n{body}\n  ret {kind} {result}\n}}"
 
     def emit(self, text: str) -> str:
         name = f"%t{len(self.lines)}"
