@@ -225,4 +225,4 @@ def gemm(e: Emitter, node: onnx_ir.Node) -> None:
     e.set(node.outputs[0], y)
 
 
-HANDLERS: dict[str, Handler] = {"MatMul": matmul, "Gemm": gemm}
+HANDLERS: dict[str, Handler] = {"Gemm": gemm}
