@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mc_opt.ir.io.factory import call_factory, find_factory, first_line
     from mc_opt.ir.io.load import load_model
     from mc_opt.ir.io.npz import Header
-    from mc_opt.ir.io.read import Source
+    from mc_opt.ir.io.read import Source, read_model
     from mc_opt.ir.io.save import SavedModel, save_model
     from mc_opt.ir.io.shapes import fix_shapes, format_shape, infer_shapes, parse_shape, shape_advice
     from mc_opt.ir.io.states import TOKENIZER, TOKENIZER_FILE, end_tokens, states_of, tokenizer_beside
@@ -132,6 +132,7 @@ _EXPORTS = {
     "load_model": "io.load",
     "Header": "io.npz",
     "Source": "io.read",
+    "read_model": "io.read",
     "SavedModel": "io.save",
     "save_model": "io.save",
     "fix_shapes": "io.shapes",
