@@ -75,8 +75,10 @@ class Sliding:
     channelwise: bool
     axes: tuple[Axis, ...]
 
-    def annotation(self) -> dict[str, list[int]]:
-        """The block annotation, which survives fusion."""
+    def annotation(self, machine: Machine) -> dict[str, list[int]]:
+        """The block annotation, which survives fusion; none for a GPU, whose kernels take in what pads and moves."""
+        if machine.kind == "cuda":
+            return {}
         numbers = [self.columns, self.vector, int(self.channelwise)]
         for axis in self.axes:
             numbers += dataclasses.astuple(axis)

@@ -187,7 +187,7 @@ def convolution(
             return te.sum(a(n, *where, first + channel) * w, axis=[*reduce, channel])
 
         domain = (shape[0], *positions, tiles * tile.columns)
-        total = te.compute(domain, element, name="mc_conv", attrs=sliding.annotation())
+        total = te.compute(domain, element, name="mc_conv", attrs=sliding.annotation(e.machine))
         return cut(total, (shape[0], *positions, o), *rest)
 
     return fusable(e, compute, source, packed, *_added(e, bias, shift), name=name)
@@ -296,7 +296,7 @@ def _depthwise(
             return te.sum(value * b(i[-1] // vector, *reduce, 0, i[-1] % vector), axis=reduce)
 
         domain = (shape[0], *positions, o)
-        total = te.compute(domain, element, name="mc_depthwise", attrs=sliding.annotation())
+        total = te.compute(domain, element, name="mc_depthwise", attrs=sliding.annotation(e.machine))
         return cut(total, (shape[0], *positions, o), *rest)
 
     return fusable(e, compute, source, packed, *added, name=name)

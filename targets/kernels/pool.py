@@ -93,7 +93,7 @@ def _reduced(
         return reducer(value if term is None else term(value), axis=steps)
 
     sliding = Sliding(vector, vector, channelwise=True, axes=axes)
-    return te.compute((n, *positions, c), element, name="mc_pool", attrs=sliding.annotation())
+    return te.compute((n, *positions, c), element, name="mc_pool", attrs=sliding.annotation(machine))
 
 
 def _maximum(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int]) -> relax.Expr:
