@@ -330,6 +330,15 @@ def registers_of(tiles: Tiles, machine: Machine) -> int:
     return max(1, (1 << tiles.bits) // tiles.lanes)
 
 
+def run_of(tiles: Tiles) -> int:
+    """Rows of a group where each is one run of whole words, the last may be short; 0 where they are not."""
+    if tiles.group is None:
+        return 0
+    size = int(np.count_nonzero(tiles.group == tiles.group[0]))
+    runs = np.arange(tiles.depth, dtype=np.int32) // size
+    return size if size % tiles.per == 0 and np.array_equal(tiles.group, runs) else 0
+
+
 def _has_tbl(bits: int, lanes: int, machine: Machine) -> bool:
     """Whether NEON's `tbl` decodes a vector of codes."""
     return "neon" in machine.features and lanes == _tbl.LANES and bits <= _tbl.MOST_BITS

@@ -1,8 +1,9 @@
 """Products of few rows with packed weights: codes are decoded in registers and never stored dense.
 
-    y[m, n] = s[n] · Σ_k a[m, k] · codebook[code[k, n]] + bias[n]
+    y[m, n] = Σ_g s[g, n] · (Σ_{k in g} a[m, k] · codebook[code[k, n]]) + bias[n]
 
-Reading the weights is what such a product costs; the codes are an eighth of them at 4 bits.
+Reading the weights is what such a product costs; the codes are an eighth of them at 4 bits. A scale multiplies the
+sum of its group where whole words make up a group: one product a column and group instead of one a weight.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from mc_opt.targets.kernels.conv import fusable
 
 # Above this many rows decoding once and multiplying from the dense tiles is faster.
 MOST_ROWS = 4
+# Vectors of columns that a tile has at most: NEON's tables, and the four vectors that they make at a time, take
+# registers from the sums: more would spill.
+_MOST_VECTORS = {"arm": 2, "cuda": 1, "x86": 4}
 
 
 def product(
@@ -38,9 +42,7 @@ def product(
     rows = math.prod(shape[:-1])
     if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
         return None
-    # NEON's tables, and the four vectors that they make at a time, take registers from the sums: more would spill.
-    most = {"arm": 2, "cuda": 1}.get(e.machine.kind, 4)
-    vectors = min(most, -(-n // e.machine.lanes))
+    vectors = min(_MOST_VECTORS[e.machine.kind], -(-n // e.machine.lanes))
     columns = vectors * e.machine.lanes
 
     def pack(array: np.ndarray) -> np.ndarray:
@@ -89,8 +91,9 @@ def _body(
     group = extra.pop(0) if tiles.group is not None else None
     lanes, per, depth, columns = tiles.lanes, tiles.per, tiles.depth, tiles.shape[-1]
     vectors = columns // lanes
-    # One scale a column multiplies the sum, not each weight.
-    late = scale is not None and offset is None and group is None
+    run = _decode.run_of(tiles)
+    # A scale multiplies the sum of its group, not each weight.
+    late = scale is not None and offset is None and (group is None or run > 0)
     table = Table(tiles, machine, codebook)
 
     def step(sums: Buffer, t: Expr, w: Expr, number: int) -> None:
@@ -99,7 +102,7 @@ def _body(
             order.sort(key=lambda at: (at[1], _tbl.turn(at[0], tiles.bits)))
         for j, v in order:
             k = w * per + j
-            g = 0 if group is None else group[k]
+            g = 0 if group is None or late else group[k]
             value = table.value(_loops.load(words, t, v, w, 0, lanes=lanes), j, t, v, g)
             if scale is not None and not late:
                 value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
@@ -110,20 +113,37 @@ def _body(
                 term = value * _factor(a, m, w * per, j, number, lanes, machine)
                 _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
 
+    def steps(sums: Buffer, t: Expr, first: Expr, number: int) -> None:
+        """Add the products of `number` rows of the weight, from word `first` on."""
+        if number // per:
+            with T.serial(0, number // per) as w:
+                step(sums, t, first + w, per)
+        if number % per:
+            step(sums, t, first + number // per, number % per)
+
+    def group_of(sums: Buffer, t: Expr, g: Expr, number: int) -> None:
+        part = _zeros(rows * vectors, lanes)
+        steps(part, t, g * (run // per), number)
+        for m in range(rows):
+            for v in range(vectors):
+                at = (m * vectors + v) * lanes
+                term = _loops.load(part, at, lanes=lanes) * _loops.load(scale, t, g, v * lanes, lanes=lanes)
+                _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
+
     def tile(t: Expr, width: int) -> None:
-        sums = _loops.registers(rows * vectors, lanes)
-        for v in range(rows * vectors):
-            _loops.store(sums, _loops.splat(0.0, lanes), v * lanes, lanes=lanes)
-        if depth // per:
-            with T.serial(0, depth // per) as w:
-                step(sums, t, w, per)
-        if depth % per:
-            step(sums, t, tirx.const(depth // per, "int32"), depth % per)
+        sums = _zeros(rows * vectors, lanes)
+        if late and group is not None:
+            with T.serial(0, depth // run) as g:
+                group_of(sums, t, g, run)
+            if depth % run:
+                group_of(sums, t, tirx.const(depth // run, "int32"), depth % run)
+        else:
+            steps(sums, t, tirx.const(0, "int32"), depth)
         for m in range(rows):
             for start, count, size in _loops.split(width, lanes):
                 for c in range(start, start + count * size, size):
                     value = _loops.load(sums, m * columns + c, lanes=size)
-                    if late:
+                    if late and group is None:
                         value = value * _loops.load(scale, t, 0, c, lanes=size)
                     if bias is not None:
                         value = value + _loops.load(bias, t * columns + c, lanes=size)
@@ -135,6 +155,13 @@ def _body(
             tile(t, columns)
     if n % columns:
         tile(tirx.const(whole, "int32"), n % columns)
+
+
+def _zeros(count: int, lanes: int) -> Buffer:
+    sums = _loops.registers(count, lanes)
+    for k in range(count):
+        _loops.store(sums, _loops.splat(0.0, lanes), k * lanes, lanes=lanes)
+    return sums
 
 
 def _factor(a: Buffer, m: int, first: Expr, j: int, number: int, lanes: int, machine: Machine) -> Expr:

@@ -74,6 +74,7 @@ FORMS = [{"bits": b} for b in range(1, 9)] + [
     {"bits": 3, "group": 16, "scale": "groups", "offset": True},
     {"bits": 3, "group": 16, "scale": "groups", "book": "groups", "entries": 7},
     {"bits": 2, "scale": "one", "book": "rows"},
+    *[{"bits": b, "group": 32, "scale": "groups"} for b in (1, 2, 4)],
 ]
 
 
@@ -85,9 +86,9 @@ def test_product_with_packed_weight(rows, form):
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("bits", [3, 4, 5])
-def test_product_with_packed_weight_on_avx2(rows, bits):
-    node, weights = packed((67, 50), (1,), bits)
+@pytest.mark.parametrize("form", [{"bits": b} for b in (3, 4, 5)] + [{"bits": 4, "group": 16, "scale": "groups"}])
+def test_product_with_packed_weight_on_avx2(rows, form):
+    node, weights = packed((67, 50), (1,), **form)
     check(f"g (float[{rows},67] x) => (float[{rows},50] y) {{ {node} y = MatMul(x, w) }}", weights, cpu="x86-64-v3")
 
 
