@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tvm import relax, te, tirx
@@ -242,23 +242,15 @@ def _dense(tiles: Tiles, words: te.Tensor, codebook: te.Tensor, *rest: te.Tensor
 
 def _decode_body(tiles: Tiles, machine: Machine, words: Buffer, codebook: Buffer, *rest: Buffer) -> None:
     *extra, dense = rest
-    scale = extra.pop(0) if tiles.scale is not None else None
-    offset = extra.pop(0) if tiles.offset is not None else None
-    group = extra.pop(0) if tiles.group is not None else None
     lanes, per, depth = tiles.lanes, tiles.per, tiles.depth
     count, _, columns = tiles.shape[0], depth, tiles.shape[-1]
-    table = Table(tiles, machine, codebook)
+    table = Table(tiles, machine, codebook, extra)
 
     def rows(t: Expr, v: Expr, w: Expr, number: int) -> None:
         word = _loops.load(words, t, v, w, 0, lanes=lanes)
         for j in range(number):
             k = w * per + j
-            g = 0 if group is None else group[k]
-            value = table.value(word, j, t, v, g)
-            if scale is not None:
-                value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
-            if offset is not None:
-                value = value + _loops.load(offset, t, g, v * lanes, lanes=lanes)
+            value = table.weight(word, j, t, v, k)
             _loops.store(dense, value, t, *_unravel(k, tiles.shape[1:-1]), v * lanes, lanes=lanes)
 
     with _loops.each(count, machine, work=count * depth * columns) as t, T.serial(0, columns // lanes) as v:
@@ -281,11 +273,25 @@ def _unravel(k: Expr, extents: tuple[int, ...]) -> list[Expr]:
 class Table:
     """A codebook as a kernel reads it: a register permutation where the machine has one, else a gather."""
 
-    def __init__(self, tiles: Tiles, machine: Machine, codebook: Buffer) -> None:
+    def __init__(self, tiles: Tiles, machine: Machine, codebook: Buffer, factors: Sequence[Buffer]) -> None:
+        """factors: the buffers of scale, offset and group, of those that there are."""
         self._tiles, self._codebook = tiles, codebook
+        held = list(factors)
+        self.scale = held.pop(0) if tiles.scale is not None else None
+        self.offset = held.pop(0) if tiles.offset is not None else None
+        self.group = held.pop(0) if tiles.group is not None else None
         self._wide = tiles.lanes == 16
         self._tbl = not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine)
         self._registers = registers_of(tiles, machine)
+
+    def weight(self, word: Expr, j: int, t: Expr, v: Expr, k: Expr) -> Expr:
+        """The weights that code j of each lane of a word stands for, in row k."""
+        lanes = self._tiles.lanes
+        g = 0 if self.group is None else self.group[k]
+        value = self.value(word, j, t, v, g)
+        if self.scale is not None:
+            value = value * _loops.load(self.scale, t, g, v * lanes, lanes=lanes)
+        return value if self.offset is None else value + _loops.load(self.offset, t, g, v * lanes, lanes=lanes)
 
     def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr) -> Expr:
         """The codebook entries of code j of each lane of a word."""
@@ -330,13 +336,13 @@ def registers_of(tiles: Tiles, machine: Machine) -> int:
     return max(1, (1 << tiles.bits) // tiles.lanes)
 
 
-def run_of(tiles: Tiles) -> int:
-    """Rows of a group where each is one run of whole words, the last may be short; 0 where they are not."""
+def run_of(tiles: Tiles, word: int) -> int:
+    """Rows of a group where each is one run of whole words of so many rows, the last may be short; else 0."""
     if tiles.group is None:
         return 0
     size = int(np.count_nonzero(tiles.group == tiles.group[0]))
     runs = np.arange(tiles.depth, dtype=np.int32) // size
-    return size if size % tiles.per == 0 and np.array_equal(tiles.group, runs) else 0
+    return size if size % word == 0 and np.array_equal(tiles.group, runs) else 0
 
 
 def _has_tbl(bits: int, lanes: int, machine: Machine) -> bool:

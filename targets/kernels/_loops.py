@@ -46,6 +46,14 @@ def registers(count: int, lanes: int, dtype: str = "float32", *, scope: str = "g
     return T.sblock_alloc_buffer((count * lanes,), dtype, scope=scope)
 
 
+def zeros(count: int, lanes: int) -> Buffer:
+    """Registers that hold `count` vectors of zeros."""
+    held = registers(count, lanes)
+    for k in range(count):
+        store(held, splat(0.0, lanes), k * lanes, lanes=lanes)
+    return held
+
+
 def own_scope(machine: Machine) -> str:
     """The scope of the registers of one turn of `each`: on a GPU, of one thread."""
     return "local" if machine.kind == "cuda" else "global"

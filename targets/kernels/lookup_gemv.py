@@ -17,17 +17,29 @@ from tvm import relax, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter
-from mc_opt.targets.kernels import _decode, _lookup_rows, _loops, _tbl, _weights
+from mc_opt.targets.kernels import _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm
 from mc_opt.targets.kernels._decode import Table, Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels.conv import fusable
 
-# Above this many rows decoding once and multiplying from the dense tiles is faster.
-MOST_ROWS = 4
-# Vectors of columns that a tile has at most: NEON's tables, and the four vectors that they make at a time, take
-# registers from the sums: more would spill.
-_MOST_VECTORS = {"arm": 2, "cuda": 1, "x86": 4}
+# Up to so many rows decoding with the product is faster than before it, as a kernel of its own.
+_MOST_ROWS = {"arm": 4, "cuda": 4, "x86": 64}
+
+
+def takes(rows: Dim, machine: Machine) -> bool:
+    """Whether a product of so many rows with a packed weight is one kernel."""
+    return isinstance(rows, int) and rows <= _MOST_ROWS[machine.kind]
+
+
+def _vectors(rows: int, machine: Machine) -> int:
+    """Vectors of columns of a tile whose sums, of all rows, stay in registers; 0 when there are too many rows."""
+    if machine.kind != "x86":
+        # NEON's tables, and the four vectors that they make at a time, take registers from the sums: more would spill.
+        return 2 if machine.kind == "arm" else 1
+    room = machine.registers - 8
+    return min(4, room // rows) if 3 * rows <= room else 0
 
 
 def product(
@@ -42,8 +54,8 @@ def product(
     rows = math.prod(shape[:-1])
     if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
         return None
-    vectors = min(_MOST_VECTORS[e.machine.kind], -(-n // e.machine.lanes))
-    columns = vectors * e.machine.lanes
+    at_once = _vectors(rows, e.machine)
+    columns = min(at_once or lookup_gemm.vectors(e.machine), -(-n // e.machine.lanes)) * e.machine.lanes
 
     def pack(array: np.ndarray) -> np.ndarray:
         return _weights.pack_columns(array.T if transposed else array, columns)
@@ -61,7 +73,7 @@ def product(
         e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}, the codebook in shared memory")
         fn = functools.partial(_lookup_rows.product, tiles, has_bias=bias is not None)
         return e.reshape(fusable(e, fn, *inputs, name="lookup_rows"), (*shape[:-1], n))
-    body = functools.partial(_body, tiles, e.machine, rows, n, bias is not None)
+    body = functools.partial(_body if at_once else lookup_gemm.body, tiles, e.machine, rows, n, bias is not None)
     function = _loops.kernel([((rows, shape[-1]), "float32"), *arguments, ((rows, n), "float32")], body)
     e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}")
     result = e.call(function, inputs, [((rows, n), "float32")], name="lookup_gemv")[0]
@@ -86,34 +98,25 @@ def _body(
 ) -> None:
     *extra, out = rest
     bias = extra.pop() if has_bias else None
-    scale = extra.pop(0) if tiles.scale is not None else None
-    offset = extra.pop(0) if tiles.offset is not None else None
-    group = extra.pop(0) if tiles.group is not None else None
+    table = Table(tiles, machine, codebook, extra)
+    scale = table.scale
     lanes, per, depth, columns = tiles.lanes, tiles.per, tiles.depth, tiles.shape[-1]
     vectors = columns // lanes
-    run = _decode.run_of(tiles)
+    run = _decode.run_of(tiles, per)
     # A scale multiplies the sum of its group, not each weight.
-    late = scale is not None and offset is None and (group is None or run > 0)
-    table = Table(tiles, machine, codebook)
+    late = scale is not None and table.offset is None and (table.group is None or run > 0)
 
-    def step(sums: Buffer, t: Expr, w: Expr, number: int) -> None:
+    def step(sums: list[Buffer], t: Expr, w: Expr, number: int) -> None:
         order = [(j, v) for j in range(number) for v in range(vectors)]
         if machine.kind == "arm":  # `tbl` decodes four codes of a word: too many words at once do not fit in registers
             order.sort(key=lambda at: (at[1], _tbl.turn(at[0], tiles.bits)))
         for j, v in order:
-            k = w * per + j
-            g = 0 if group is None or late else group[k]
-            value = table.value(_loops.load(words, t, v, w, 0, lanes=lanes), j, t, v, g)
-            if scale is not None and not late:
-                value = value * _loops.load(scale, t, g, v * lanes, lanes=lanes)
-            if offset is not None:
-                value = value + _loops.load(offset, t, g, v * lanes, lanes=lanes)
+            word = _loops.load(words, t, v, w, 0, lanes=lanes)
+            value = table.value(word, j, t, v, 0) if late else table.weight(word, j, t, v, w * per + j)
             for m in range(rows):
-                at = (m * vectors + v) * lanes
-                term = value * _factor(a, m, w * per, j, number, lanes, machine)
-                _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
+                _add(sums[m], value * _factor(a, m, w * per, j, number, lanes, machine), v, lanes)
 
-    def steps(sums: Buffer, t: Expr, first: Expr, number: int) -> None:
+    def steps(sums: list[Buffer], t: Expr, first: Expr, number: int) -> None:
         """Add the products of `number` rows of the weight, from word `first` on."""
         if number // per:
             with T.serial(0, number // per) as w:
@@ -121,29 +124,29 @@ def _body(
         if number % per:
             step(sums, t, first + number // per, number % per)
 
-    def group_of(sums: Buffer, t: Expr, g: Expr, number: int) -> None:
-        part = _zeros(rows * vectors, lanes)
-        steps(part, t, g * (run // per), number)
-        for m in range(rows):
+    def group(sums: list[Buffer], t: Expr, g: Expr, number: int) -> None:
+        """Add the products of the `number` rows of group g, times its scales."""
+        parts = [_loops.zeros(vectors, lanes) for _ in range(rows)]
+        steps(parts, t, g * (run // per), number)
+        for part, total in zip(parts, sums, strict=True):
             for v in range(vectors):
-                at = (m * vectors + v) * lanes
-                term = _loops.load(part, at, lanes=lanes) * _loops.load(scale, t, g, v * lanes, lanes=lanes)
-                _loops.store(sums, _loops.load(sums, at, lanes=lanes) + term, at, lanes=lanes)
+                factor = _loops.load(scale, t, g, v * lanes, lanes=lanes)
+                _add(total, _loops.load(part, v * lanes, lanes=lanes) * factor, v, lanes)
 
     def tile(t: Expr, width: int) -> None:
-        sums = _zeros(rows * vectors, lanes)
-        if late and group is not None:
+        sums = [_loops.zeros(vectors, lanes) for _ in range(rows)]
+        if late and run:
             with T.serial(0, depth // run) as g:
-                group_of(sums, t, g, run)
+                group(sums, t, g, run)
             if depth % run:
-                group_of(sums, t, tirx.const(depth // run, "int32"), depth % run)
+                group(sums, t, tirx.const(depth // run, "int32"), depth % run)
         else:
             steps(sums, t, tirx.const(0, "int32"), depth)
         for m in range(rows):
             for start, count, size in _loops.split(width, lanes):
                 for c in range(start, start + count * size, size):
-                    value = _loops.load(sums, m * columns + c, lanes=size)
-                    if late and group is None:
+                    value = _loops.load(sums[m], c, lanes=size)
+                    if late and not run:
                         value = value * _loops.load(scale, t, 0, c, lanes=size)
                     if bias is not None:
                         value = value + _loops.load(bias, t * columns + c, lanes=size)
@@ -157,11 +160,8 @@ def _body(
         tile(tirx.const(whole, "int32"), n % columns)
 
 
-def _zeros(count: int, lanes: int) -> Buffer:
-    sums = _loops.registers(count, lanes)
-    for k in range(count):
-        _loops.store(sums, _loops.splat(0.0, lanes), k * lanes, lanes=lanes)
-    return sums
+def _add(sums: Buffer, term: Expr, v: int, lanes: int) -> None:
+    _loops.store(sums, _loops.load(sums, v * lanes, lanes=lanes) + term, v * lanes, lanes=lanes)
 
 
 def _factor(a: Buffer, m: int, first: Expr, j: int, number: int, lanes: int, machine: Machine) -> Expr:
