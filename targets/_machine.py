@@ -92,6 +92,9 @@ HOST = "host"
 ARCHITECTURES = {"x86": "x86_64", "arm": "aarch64"}
 
 
+Activations = Literal["float32", "int8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """A processor as the kernels see it.
@@ -105,6 +108,7 @@ class Machine:
         l1: bytes of first-level data cache a core.
         l2: bytes of second-level cache a core.
         threads: threads that kernels are split for; 1 leaves every loop serial.
+        activations: in what products with packed weights take their inputs: as they are, or rounded a row at a time.
     """
 
     kind: Literal["x86", "arm", "cuda"]
@@ -115,6 +119,7 @@ class Machine:
     l1: int
     l2: int
     threads: int
+    activations: Activations = "float32"
 
 
 def levels() -> tuple[str, ...]:

@@ -40,7 +40,9 @@ def resolved(machine: Machine, *, form: str, prefix: str) -> str:
         return f"cuda{{arch={machine.cpu} code={form}}}"
     features = ",".join(f"+{f}" for f in machine.features)
     named = "" if form == "vm" else f" prefix={prefix}"
-    return f"{machine.kind}{{cpu={machine.cpu} features={features} threads={machine.threads} form={form}{named}}}"
+    rounded = "" if machine.activations == "float32" else f" activations={machine.activations}"
+    options = f"cpu={machine.cpu} features={features} threads={machine.threads} form={form}{rounded}{named}"
+    return f"{machine.kind}{{{options}}}"
 
 
 def compile_model(

@@ -19,7 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter
-from mc_opt.targets.kernels import _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm
+from mc_opt.targets.kernels import _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm, lookup_int8
 from mc_opt.targets.kernels._decode import Table, Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels.conv import fusable
@@ -54,6 +54,11 @@ def product(
     rows = math.prod(shape[:-1])
     if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
         return None
+    if e.machine.activations == "int8":
+        flat = e.reshape(a, (rows, shape[-1]))
+        result = lookup_int8.product(e, flat, lookup, bias, transposed=transposed)
+        if result is not None:
+            return e.reshape(result, (*shape[:-1], n))
     at_once = _vectors(rows, e.machine)
     columns = min(at_once or lookup_gemm.vectors(e.machine), -(-n // e.machine.lanes)) * e.machine.lanes
 

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.targets._kernels import check, normal
+from mc_opt import targets
+from mc_opt.targets import _machine
+from tests.targets._kernels import check, compare, feeds, machine, model, normal, reference, running
 from tests.targets.test_kernels_gemm import packed
 
 pytestmark = pytest.mark.tvm
 
 PROCESSORS = ["native", "x86-64-v3"]
 GROUPED = {"group": 16, "scale": "groups"}
+VNNI = {"avx512vbmi", "avx512vnni"}
 
 
 def text(rows, depth, columns, node):
@@ -48,3 +54,94 @@ def test_products_of_any_size(rows, depth, columns, bits, group, offset, cpu):
     scale = "groups" if group else "rows"
     node, weights = packed((depth, columns), (1,), bits, group=group, scale=scale, offset=offset)
     check(text(rows, depth, columns, node), weights, cpu=cpu)
+
+
+def rounded(x):
+    """x in 8 bits a row, and back: what `activations=int8` multiplies."""
+    step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    return (np.floor(x / step + np.float32(0.5)) * step).astype(np.float32)
+
+
+def int8(rows, depth, columns, bits, *, tolerance=1e-5, **form):
+    """A product with weights of ±1, ±2, .. is that of the rounded inputs; other levels are rounded too."""
+    node, weights = packed((depth, columns), (1,), bits, **form)
+    if tolerance == 1e-5:
+        levels = 2.0 ** np.arange(2 ** (bits - 1))
+        weights["book"] = np.concatenate([levels, -levels]).astype(np.float32)
+    proto = model(f"g (float[{rows},{depth}] x) => (float[{rows},{columns}] y) {{ {node} y = MatMul(x, w) }}", weights)
+    inputs = feeds(proto)
+    wanted = reference(proto, {"x": rounded(inputs["x"])})[0]
+    with running(proto, dataclasses.replace(machine(), activations="int8")) as (run, notes):
+        got = run(list(inputs.values()))[0]
+        again = run(list(inputs.values()))[0]
+    assert notes == []
+    assert np.abs(got - wanted).max() <= tolerance * np.abs(wanted).max()
+    assert got.tobytes() == again.tobytes()
+
+
+needs_vnni = pytest.mark.skipif(bool(VNNI - _machine.present()), reason="no AVX-512 VNNI here")
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 67, 50), (5, 64, 16), (16, 301, 150), (41, 33, 70)])
+def test_int8_activations(rows, depth, columns, bits):
+    int8(rows, depth, columns, bits)
+    int8(rows, depth, columns, bits, group=32, scale="groups")
+
+
+@needs_vnni
+@pytest.mark.parametrize("rows", [1, 16])
+def test_int8_rounds_levels_that_do_not_fit(rows):
+    # Half of 1/127 of the largest level each, and sums of many.
+    int8(rows, 301, 50, 4, group=32, scale="groups", tolerance=0.01)
+
+
+@needs_vnni
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 66), depth=st.integers(2, 200), columns=st.integers(1, 130), bits=st.integers(1, 3),
+    group=st.sampled_from([0, 32, 64]),
+)  # fmt: skip
+def test_int8_products_of_any_size(rows, depth, columns, bits, group):
+    int8(rows, depth, columns, bits, group=group, scale="groups" if group else "rows")
+
+
+@needs_vnni
+def test_int8_of_zeros_and_of_a_row_beside_a_large_one():
+    node, weights = packed((64, 16), (1,), 2)
+    weights["book"] = np.array([1, 2, -1, -2], np.float32)
+    proto = model(f"g (float[2,64] x) => (float[2,16] y) {{ {node} y = MatMul(x, w) }}", weights)
+    x = np.zeros((2, 64), np.float32)
+    x[1] = 1e30 * rounded(normal(1, 64))[0]
+    with running(proto, dataclasses.replace(machine(), activations="int8")) as (run, _):
+        y = run([x])[0]
+    assert not y[0].any()
+    wanted = reference(proto, {"x": x})[0]
+    assert np.abs(y - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("cpu", "form", "why"),
+    [
+        ("x86-64-v3", {"bits": 4}, "x86-64-v3 has not both of avx512vbmi, avx512vnni"),
+        pytest.param("native", {"bits": 5}, "only codes of at most 4 bits", marks=needs_vnni),
+        pytest.param("native", {"bits": 4, **GROUPED, "offset": True}, "no offsets become bytes", marks=needs_vnni),
+        pytest.param("native", {"bits": 4, "group": 12, "scale": "groups"}, "no multiples of 8 rows", marks=needs_vnni),
+    ],
+)
+def test_int8_that_stays_in_float32_says_why(cpu, form, why):
+    node, weights = packed((67, 50), (1,), **form)
+    proto = model(f"g (float[1,67] x) => (float[1,50] y) {{ {node} y = MatMul(x, w) }}", weights)
+    with running(proto, dataclasses.replace(machine(cpu), activations="int8")) as (run, notes):
+        compare(proto, run, feeds(proto))
+    assert len(notes) == 1 and why in notes[0]
+
+
+def test_the_option_is_part_of_the_target():
+    target = targets.parse_target("x86{cpu=x86-64-v3 activations=int8}")
+    assert str(target) == "x86{cpu=x86-64-v3 activations=int8}"
+    assert target.machine().activations == "int8"
+    assert " activations=int8}" in target.resolved()
+    assert "activations" not in targets.parse_target("x86{cpu=x86-64-v3}").resolved()
