@@ -347,7 +347,7 @@ def conv(e: Emitter, node: onnx_ir.Node) -> None:
     x, weight, *rest = node.inputs
     assert x is not None and weight is not None
     shape = e.shape(x)
-    geometry = window(e, node, e.shape(weight)[2:], shape[2:])
+    x, geometry = _with_pad(e, x, window(e, node, e.shape(weight)[2:], shape[2:]))
     bias = rest[0] if rest else None
     given = None if bias is None else e.constant(bias)
     if bias is not None and given is None:
@@ -362,6 +362,28 @@ def conv(e: Emitter, node: onnx_ir.Node) -> None:
         name="conv",
     )
     e.set(node.outputs[0], y, "nhwc")
+
+
+def _with_pad(e: Emitter, x: onnx_ir.Value, w: Window) -> tuple[onnx_ir.Value, Window]:
+    """The input and window of a convolution, a Pad of zeros that only it reads taken into the window."""
+    node = x.producer()
+    if node is None or node.op_type != "Pad" or len(x.uses()) != 1 or x.is_graph_output() or e.constant(x) is not None:
+        return x, w
+    source, *rest = node.inputs
+    amounts, fill, axes = ([*rest, None, None, None])[:3]
+    pads, value, chosen = e.constant(amounts), e.constant(fill), e.constant(axes)
+    if source is None or pads is None or (fill is not None and value is None) or (axes is not None and chosen is None):
+        return x, w
+    if e.attribute(node, "mode", "constant") not in ("constant", b"constant") or (value is not None and np.any(value)):
+        return x, w
+    rank = len(w.kernel) + 2
+    low, high = np.zeros((2, rank), np.int64)
+    at = np.arange(rank) if chosen is None else chosen.reshape(-1) % rank
+    low[at], high[at] = pads.reshape(2, -1)
+    if pads.min() < 0 or any(low[:2]) or any(high[:2]):
+        return x, w
+    both = zip(w.pads, low[2:].tolist(), high[2:].tolist(), strict=True)
+    return source, dataclasses.replace(w, pads=tuple((a + before, b + after) for (a, b), before, after in both))
 
 
 HANDLERS: dict[str, Handler] = {"Conv": conv}

@@ -82,6 +82,28 @@ def test_a_padding_that_is_stepped_over_gives_the_same_bits_as_one_that_is_read(
     np.testing.assert_array_equal(*results)
 
 
+# Pad's inputs beside x and its mode: what a convolution takes into its window, and what it does not.
+PADS = {
+    "zeros": ("pads", "constant", [0, 0, 1, 2, 0, 0, 0, 3], None),
+    "axes": ("pads, , axes", "constant", [1, 2, 0, 3], [-2, 3]),
+    "channels": ("pads", "constant", [0, 4, 1, 1, 0, 4, 1, 1], None),
+    "cut": ("pads", "constant", [0, 0, -1, 2, 0, 0, 1, -3], None),
+    "ones": ("pads, one", "constant", [0, 0, 1, 2, 0, 0, 0, 3], None),
+    "edge": ("pads", "edge", [0, 0, 1, 2, 0, 0, 0, 3], None),
+}
+
+
+@pytest.mark.parametrize("name", PADS)
+@pytest.mark.parametrize("group", [1, 16])
+def test_a_pad_before_a_convolution(name, group):
+    inputs, mode, amounts, axes = PADS[name]
+    channels = 8 if name == "channels" else 16
+    text = f"""g (float[1,{channels},9,11] x) => (float[1,16,a,b] y)
+        {{ p = Pad<mode="{mode}">(x, {inputs})  y = Conv<group={group}, pads=[1,0,1,1]>(p, w) }}"""
+    weights = {"w": normal(16, 16 // group, 3, 3), "pads": np.array(amounts), "one": np.array(1, np.float32)}
+    check(text, weights | ({} if axes is None else {"axes": np.array(axes)}))
+
+
 @pytest.mark.parametrize("shape", ["1,40,5,7", "1,40,1,1", "1,1,5,1", "1,1,1,7"])
 def test_what_is_added_to_a_point_convolution_may_lie_along_any_axis(shape):
     text = f"""g (float[1,24,5,7] x, float[{shape}] s) => (float[1,40,5,7] y)
