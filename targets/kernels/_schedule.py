@@ -15,7 +15,7 @@ from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _sliding, _window
+from mc_opt.targets.kernels import _prefetch, _sliding, _window
 from mc_opt.targets.kernels._loops import SCHEDULED
 
 # A loop nest below this many element operations is over before another thread has woken up.
@@ -207,8 +207,13 @@ def _register_tile(state: Any, block: Any, machine: Machine, *, fused: bool) -> 
     if vector > 1:
         state.vectorize(lane)
     work = _work(state, [*order, *steps, *inner, registers, lane])
+    # Threads fuse the loop over panels, whose number the prefetch needs, with others.
+    runs = _prefetch.runs(state, block, order, steps) if machine.threads == 1 else None
+    steps = steps if runs is None else runs
     _parallel(state, order[:-1], work, machine)
     state.decompose_reduction(block, steps[0])
+    if runs is not None:
+        _prefetch.look_ahead(state, block, order[-2], order[-1], steps[0])
 
 
 def _is_depthwise(state: Any, block: Any) -> bool:
