@@ -61,6 +61,7 @@ def measure(request: Request) -> dict[str, Any]:
             entry["memory"] = _memory(name, request)
     found: dict[str, Any] = {}
     if request.beside and request.threads == 1:
+        limits = limits.best(machine.measure(1, Path(request.cache)))
         for form in (forms.DENSE, forms.COMPRESSED):
             if form in contenders:
                 tell(0, 0, f"kernels of {form}")

@@ -39,6 +39,11 @@ class Limits:
         fitting = [mebibytes for mebibytes in sizes if size <= mebibytes << 20]
         return self.read[fitting[0] if fitting else sizes[-1]][threads - 1]
 
+    def best(self, other: Limits) -> Limits:
+        """The larger of two measurements: what else runs on the machine can only lower them."""
+        read = {size: tuple(map(max, rates, other.read[size])) for size, rates in self.read.items()}
+        return Limits(self.processor, tuple(map(max, self.fma, other.fma)), read)
+
     def to_json(self) -> dict[str, Any]:
         """As `from_json` takes it."""
         return {"processor": self.processor, "fma": list(self.fma), "read": {str(k): v for k, v in self.read.items()}}

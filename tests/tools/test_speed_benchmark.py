@@ -75,6 +75,8 @@ def test_the_gain_of_threads_is_beside_the_machines_own() -> None:
 
 def test_the_bandwidth_is_that_of_the_smallest_block_that_holds_it() -> None:
     assert [LIMITS.bandwidth(size) for size in (1000, 1 << 20, 2 << 20, 1 << 30)] == [150.0, 150.0, 25.0, 12.0]
+    slower = Limits("a processor", (90.0, 170.0), dict.fromkeys(LIMITS.read, (9.0, 9.0)))
+    assert LIMITS.best(slower) == Limits("a processor", (100.0, 170.0), LIMITS.read)
     assert LIMITS.bandwidth(1000, threads=2) == 300 and Limits.from_json(LIMITS.to_json()) == LIMITS
 
 
