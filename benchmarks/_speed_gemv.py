@@ -117,7 +117,8 @@ def _packed(request: Request, folder: Path, bits: int, group: int, sample: dict[
 
     proto = onnx.parser.parse_model(
         f"""<ir_version: 10, opset_import: ["": 21, "mc_opt": 1]>
-        g (float[{request.rows},{request.inputs}] x) => (float[{request.rows},{request.outputs}] y) {{
+        g (float[{request.rows},{request.inputs}] x) => (float[{request.rows},{request.outputs}] y)
+        <float[{request.inputs},{request.outputs}] w> {{
             w = mc_opt.Lookup<bits={bits}, shape=[{request.inputs}, {request.outputs}], axes=[1],
                 group_size={group}>(codes, book, scale)
             y = MatMul(x, w) }}"""

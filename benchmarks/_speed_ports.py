@@ -6,7 +6,7 @@ import bisect
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ _LINE = re.compile(r"^\s*(?P<address>[0-9a-f]+):\s+(?P<text>\S.*)$")
 _JUMP = re.compile(r"^j[a-z]+\s+(?P<target>[0-9a-f]+)\b")
 _CALL = re.compile(r"^(?:call|jmp)\s+(?P<target>[0-9a-f]+)\b")
 _FMA = re.compile(r"^vfn?m(?:add|sub)\d+(?P<kind>[ps][sd])\b.*%(?P<register>[xyz]mm)\d+\S*$")
+_LOOPS = 6  # those with the most multiply-adds a turn; others are tails
 _LANES = {"xmm": 4, "ymm": 8, "zmm": 16}
 _THROUGHPUT = re.compile(r"Block RThroughput:\s*([\d.]+)")
 
@@ -28,7 +29,10 @@ class Loop:
 
 
 def main_loops(library: Path, cpu: str) -> dict[str, Loop]:
-    """The innermost loop with the most multiply-adds of each kernel; nothing where the tools are not installed."""
+    """Of each kernel the innermost loop that multiplies and adds fastest; nothing where the tools are not installed.
+
+    Which of its loops (whole tiles, tails) a kernel spends its time in is not known; a limit is that of the fastest.
+    """
     if not all(shutil.which(tool) for tool in ("objdump", "nm", "llvm-mca")):
         return {}
     commands = (["objdump", "-d", "--no-show-raw-insn", "-j", ".text"], ["nm", "-D", "-S", "--defined-only"])
@@ -38,12 +42,10 @@ def main_loops(library: Path, cpu: str) -> dict[str, Loop]:
     )
     found: dict[str, Loop] = {}
     for name, lines in functions(code, symbols):
-        loops = sorted(innermost(lines), key=flops)
-        if not loops or not flops(loops[-1]):
-            continue
-        cycles = _cycles(loops[-1], cpu)
-        if cycles:
-            found[name] = Loop(flops(loops[-1]), cycles)
+        loops = sorted({tuple(loop) for loop in innermost(lines)}, key=lambda loop: (-flops(loop), loop))
+        turns = [Loop(flops(loop), _cycles(loop, cpu)) for loop in loops[:_LOOPS] if flops(loop)]
+        if turns := [turn for turn in turns if turn.cycles]:
+            found[name] = max(turns, key=lambda turn: turn.flops / turn.cycles)
     return found
 
 
@@ -87,7 +89,7 @@ def innermost(lines: list[tuple[int, str]]) -> Iterator[list[str]]:
             yield [text for _, text in lines[first:last] if not text.startswith("j")]
 
 
-def flops(loop: list[str]) -> int:
+def flops(loop: Sequence[str]) -> int:
     """Of one turn: two for each lane of a fused multiply-add."""
     total = 0
     for text in loop:
@@ -98,7 +100,7 @@ def flops(loop: list[str]) -> int:
     return total
 
 
-def _cycles(loop: list[str], cpu: str) -> float:
+def _cycles(loop: Sequence[str], cpu: str) -> float:
     """Cycles a turn by the ports alone; 0 when llvm-mca does not know the processor or an instruction."""
     text = "\n".join(re.sub(r"\s*<[^>]*>", "", line) for line in loop)
     command = ["llvm-mca", "-mtriple=x86_64", f"-mcpu={cpu}", "-iterations=100"]
