@@ -134,5 +134,7 @@ MODELS: tuple[Timed, ...] = (
     _public("resemblyzer", module=catalogue.speaker_encoder, layers="products", aim=0.8),
 )
 
-MISSING = {"smollm2-135m decode": "mc-opt cannot capture a causal language model with its cache yet"}
+MISSING = {
+    "smollm2-135m decode": "`mc-opt run DIR --generate TEXT --json` tells tokens a second; no peer beside it yet"
+}
 """What belongs to the list and cannot be timed, and why."""
