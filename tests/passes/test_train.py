@@ -297,6 +297,8 @@ attend (int64[N,5] ids) => (float[N,5,3] y)
 
 
 @pytest.mark.parametrize(("op", "gates", "more"), [("LSTM", 4, ", cell"), ("GRU", 3, "")])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_recurrent_cells_train(tmp_path: Path, op: str, gates: int, more: str) -> None:
     text = RECURRENT.format(op=op, rows=gates * 6, more=more)
     data = {"x": np.random.default_rng(0).standard_normal((32, 5, 1, 4)).astype(np.float32)}

@@ -72,6 +72,8 @@ FORMS = [
 
 
 @pytest.mark.parametrize("cpu", ["x86-64-v3", "native"])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_every_form_of_the_chain(cpu: str) -> None:
     text = graph(*FORMS)
     assert len(kernels(text)) == len(FORMS)

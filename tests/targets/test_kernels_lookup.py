@@ -27,6 +27,8 @@ def text(rows, depth, columns, node):
 @pytest.mark.parametrize("cpu", PROCESSORS)
 @pytest.mark.parametrize("form", [{"bits": 4}, {"bits": 2, **GROUPED}, {"bits": 3, **GROUPED, "offset": True}], ids=str)
 @pytest.mark.parametrize("rows", [2, 8, 16, 17, 41])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_rows_in_registers_and_in_blocks(rows, form, cpu):
     node, weights = packed((301, 70), (1,), **form)
     check(text(rows, 301, 70, node), weights, cpu=cpu)
@@ -85,6 +87,8 @@ needs_vnni = pytest.mark.skipif(bool(VNNI - _machine.present()), reason="no AVX-
 @needs_vnni
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 67, 50), (5, 64, 16), (16, 301, 150), (41, 33, 70)])
+@pytest.mark.slow
+@pytest.mark.ci
 def test_int8_activations(rows, depth, columns, bits):
     int8(rows, depth, columns, bits)
     int8(rows, depth, columns, bits, group=32, scale="groups")
