@@ -33,7 +33,8 @@ _INSTALL = "transformers is not installed, capturing a language model needs it; 
 def from_transformers(path: str | Path, *, max_length: int = MAX_LENGTH) -> onnx_ir.Model:
     """Capture the causal language model in a folder that `save_pretrained` wrote, or in a GGUF file.
 
-    Nothing is downloaded. The tokenizer comes along in `meta`, for whoever saves the model.
+    Nothing is downloaded, no pickle opened and no code of the folder run. The tokenizer comes along in `meta`, for
+    whoever saves the model.
 
     Args:
         path: the folder or file.
@@ -54,14 +55,17 @@ def from_transformers(path: str | Path, *, max_length: int = MAX_LENGTH) -> onnx
         import transformers
     except ImportError as error:
         raise IRError(_INSTALL) from error
-    options: dict[str, Any] = {"local_files_only": True}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    weights: dict[str, Any] = {}
     if path.is_file():
         _check_gguf(path)
         options["gguf_file"] = path.name
+    else:
+        weights["use_safetensors"] = True  # no pickle is opened
     folder = path.parent if path.is_file() else path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        made = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options, **weights)
     except Exception as error:  # a file that is broken or of an unknown kind fails in many ways
         raise IRError(f"{path}: transformers cannot load it: {first_line(error)}; repair the file") from error
     made.train(False)

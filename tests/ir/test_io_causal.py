@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir
 import pytest
 
 from mc_opt import ir
-from tests._language_model import greedy, tiny_llama
+from tests._language_model import greedy, save_tiny, tiny_llama
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -92,3 +93,23 @@ def test_another_architecture_is_refused_by_its_numbers(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "forward", scaled)
     with pytest.raises(ir.IRError, match=r"its logits are .* of their range off, expected 1e-04 at most"):
         ir.capture_causal_lm(module, max_length=16)
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    module = tiny_llama(num_hidden_layers=1)
+    save_tiny(module, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ir.IRError, match="transformers cannot load it"):
+        ir.from_transformers(tmp_path, max_length=16)
+
+
+def test_code_of_the_folder_is_not_run(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(num_hidden_layers=1), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(ir.IRError, match="transformers cannot load it"):
+        ir.from_transformers(tmp_path, max_length=16)
+    assert not (tmp_path / "ran").exists()
