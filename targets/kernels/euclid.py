@@ -57,7 +57,7 @@ def euclid_linear(e: Emitter, node: onnx_ir.Node) -> None:
     added = _bias(e, weight, bias, axis=0 if transposed else 1)
     given = e.weight(added) if isinstance(added, np.ndarray) else added
     y = None
-    if lookup_gemv.takes(rows, e.machine):
+    if lookup_gemv.takes(e, rows, weight):
         y = lookup_gemv.product(e, a, weight, given, transposed=transposed)
     if y is None:
         tile = gemm.tile_for(rows, columns, e)

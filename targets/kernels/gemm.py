@@ -171,7 +171,7 @@ def matmul(e: Emitter, node: onnx_ir.Node) -> None:
         a = e.reshape(a, (dims.product(rows[:-1]), rows[-1]))
         rows = dims.sizes(a)
     y = None
-    if len(shape_b) == 2 and lookup_gemv.takes(dims.product(rows[:-1]), e.machine):
+    if len(shape_b) == 2 and lookup_gemv.takes(e, dims.product(rows[:-1]), right):
         y = lookup_gemv.product(e, a, right, None)
     if y is None:
         tile = tile_for(rows[-2], columns, e)
@@ -212,7 +212,7 @@ def gemm(e: Emitter, node: onnx_ir.Node) -> None:
             bias = e.weight(array if beta == 1.0 else array * np.asarray(beta, array.dtype))
             beta = 1.0
     y = None
-    if lookup_gemv.takes(m, e.machine) and alpha == 1.0 and beta == 1.0:
+    if lookup_gemv.takes(e, m, right) and alpha == 1.0 and beta == 1.0:
         y = lookup_gemv.product(e, a, right, bias, transposed=trans_b)
     if y is None:
         tile = tile_for(m, columns, e)

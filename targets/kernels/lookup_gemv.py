@@ -28,9 +28,17 @@ from mc_opt.targets.kernels.conv import fusable
 _MOST_ROWS = {"arm": 4, "cuda": 4, "x86": 64}
 
 
-def takes(rows: Dim, machine: Machine) -> bool:
-    """Whether a product of so many rows with a packed weight is one kernel."""
-    return isinstance(rows, int) and rows <= _MOST_ROWS[machine.kind]
+def takes(e: Emitter, rows: Dim, weight: onnx_ir.Value) -> bool:
+    """Whether a product of so many rows with a packed weight is one kernel; a note where that leaves int8 undone."""
+    most = _MOST_ROWS[e.machine.kind]
+    if isinstance(rows, int) and rows <= most:
+        return True
+    if e.machine.activations == "int8" and e.lookup(weight) is not None:
+        many = f"{rows} rows" if isinstance(rows, int) else "an open number of rows"
+        e.note_fallback(
+            f"activations=int8: a product of {many} runs in float32: kernels take at most {most}, a fixed number"
+        )
+    return False
 
 
 def _vectors(rows: int, machine: Machine) -> int:
