@@ -109,12 +109,21 @@ class PassReport:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """A target that was built: `resolved` is its text with everything that the build looked up."""
+    """A target that was built.
+
+    Attributes:
+        name: the target.
+        resolved: its text with everything that the build looked up.
+        kernels: special kernels, one line each.
+        fallbacks: nodes that run in a general form, and why.
+        drift: the difference of its outputs against those of the ONNX file beside it; empty when it was not measured.
+    """
 
     name: str
     resolved: str
     kernels: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    drift: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir
 
 from mc_opt import ir
 from mc_opt.ir import IRError, OptionError
+
+if TYPE_CHECKING:
+    from mc_opt.targets._vm import Artefact
 
 Progress = Callable[[int, int, str], None]
 
@@ -77,6 +80,11 @@ class Target:
     makes_artefact: ClassVar[bool] = True
     price: ClassVar[Price]
 
+    @property
+    def exact(self) -> bool:
+        """Whether what it builds computes what the model says, but for the order of sums."""
+        return True
+
     def resolved(self) -> str:
         """The target's text after everything that depends on this machine was looked up."""
         return str(self)
@@ -98,6 +106,10 @@ class Target:
     def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
         """Build the model into `folder`, which exists and is empty."""
         raise TypeError(f"{self.name} builds no artefact")
+
+    def load(self, folder: Path) -> Artefact | None:
+        """What was built into `folder`, ready to run; None where this machine does not run it."""
+        return None
 
     def __str__(self) -> str:
         return str(ir.to_spec(self.name, self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir
@@ -16,6 +17,9 @@ from mc_opt.targets._manifest import Port
 from mc_opt.targets._open import open_shapes
 from mc_opt.targets._refusal import check, check_nodes
 from mc_opt.targets._runner import runner
+
+if TYPE_CHECKING:
+    from mc_opt.targets._vm import Artefact
 
 
 def check_options(*, threads: int, form: str, prefix: str) -> None:
@@ -89,6 +93,13 @@ def compile_model(
         fallbacks=manifest.fallbacks,
         seconds=answer["seconds"],
     )
+
+
+def load(folder: Path) -> Artefact | None:
+    """The artefact in `folder`; None where this machine does not run it."""
+    from mc_opt.targets import _vm  # which needs TVM's runtime; builds do not
+
+    return None if _vm.unfit(_manifest.read(folder)) is not None else _vm.load_artefact(folder)
 
 
 def _inputs(model: onnx_ir.Model) -> tuple[Port, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir
 
@@ -12,6 +12,9 @@ from mc_opt.targets import _installed, _machine, _native
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._refusal import check, check_nodes
+
+if TYPE_CHECKING:
+    from mc_opt.targets._vm import Artefact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +75,7 @@ class Arm(Target):
         return _native.compile_model(
             model, folder, self.machine(), form=self.form, prefix=self.prefix, progress=progress
         )
+
+    def load(self, folder: Path) -> Artefact | None:
+        """What was built into `folder`; None for another processor's, and for form=static."""
+        return _native.load(folder)

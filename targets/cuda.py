@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir
 
@@ -13,6 +13,9 @@ from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._cuda import Code
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._refusal import check, check_nodes
+
+if TYPE_CHECKING:
+    from mc_opt.targets._vm import Artefact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +83,7 @@ class Cuda(Target):
         """Build the artefact into `folder`, which exists and is empty."""
         _cuda.check(self.form())
         return _native.compile_model(model, folder, self.machine(), form=self.form(), prefix="model", progress=progress)
+
+    def load(self, folder: Path) -> Artefact | None:
+        """What was built into `folder`; None without a GPU that runs it."""
+        return _native.load(folder)

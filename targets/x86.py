@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir
 
@@ -12,6 +12,9 @@ from mc_opt.targets import _installed, _machine, _native
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Activations, Machine
 from mc_opt.targets._refusal import check, check_nodes
+
+if TYPE_CHECKING:
+    from mc_opt.targets._vm import Artefact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,11 @@ class X86(Target):
     def __post_init__(self) -> None:
         """Check the ranges of the options."""
         _native.check_options(threads=self.threads, form=self.form, prefix=self.prefix)
+
+    @property
+    def exact(self) -> bool:
+        """Whether activations stay as they are."""
+        return self.activations == "float32"
 
     def machine(self) -> Machine:
         """The processor to build for, `native` looked up."""
@@ -77,3 +85,7 @@ class X86(Target):
         return _native.compile_model(
             model, folder, self.machine(), form=self.form, prefix=self.prefix, progress=progress
         )
+
+    def load(self, folder: Path) -> Artefact | None:
+        """What was built into `folder`; None for another processor's, and for form=static."""
+        return _native.load(folder)

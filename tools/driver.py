@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import onnx_ir
 
 from mc_opt import ir, passes, targets
 from mc_opt.passes import Context, PassError, Pipeline, Report, Store
+from mc_opt.tools import _artefact_check
 from mc_opt.tools._checkpoint import checkpoints
 
 MODEL = "model.onnx"
@@ -246,11 +247,14 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
     if (tokenizer := request.model.meta.get(ir.TOKENIZER)) is not None:
         ir.write_text(folder / ir.TOKENIZER_FILE, tokenizer)
     checks = [f"saved file reloaded ({request.check})"]
+    samples: list[_artefact_check.Inputs] = []
     if request.check == "full" and not report.unchecked:
         with stages.stage("check"):
-            _check_saved(request, outcome.model, folder / MODEL)
+            samples = _artefact_check.first_samples(request, outcome.model, _data(request))
+            _check_saved(outcome.model, folder / MODEL, samples[0])
         checks.append("saved file gives the same outputs in ONNX Runtime")
     built = []
+    warnings = []
     builds: dict[str, Mapping[str, float]] = {}
     for target in request.targets:
         if not target.makes_artefact:
@@ -261,11 +265,19 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
             place.mkdir()
             made = target.compile(outcome.model, place, stages.tell)
         known |= {f"{target.name}/{name}": digest for name, digest in made.files.items()}
-        built.append(passes.TargetReport(target.name, made.resolved, made.kernels, made.fallbacks))
+        drift = None
+        if samples:
+            with stages.stage(f"check {target.name}"):
+                drift, problem = _check_artefact(target, place, folder / MODEL, samples)
+            if problem:
+                warnings.append(problem)
+        figures = {} if drift is None else drift.to_json()
+        built.append(passes.TargetReport(target.name, made.resolved, made.kernels, made.fallbacks, figures))
         builds[target.name] = made.seconds
     report = dataclasses.replace(
         report,
         checks=(*report.checks, *checks),
+        warnings=(*report.warnings, *warnings),
         targets=tuple(built),
         outputs=tuple(_outputs(folder, known)),
     )
@@ -275,14 +287,29 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
     return Outcome(outcome.model, report, timings)
 
 
-def _check_saved(request: Request, model: onnx_ir.Model, path: Path) -> None:
+def _data(request: Request) -> ir.Data | None:
+    """Real samples, the training's own where the request has no others."""
+    if isinstance(request.data, ir.Data):
+        return request.data
+    assert isinstance(request.model, onnx_ir.Model)
+    return passes.held_out_samples(request.training, request.model, seed=request.seed, states=request.states)
+
+
+def _check_artefact(
+    target: targets.Target, place: Path, path: Path, samples: Sequence[_artefact_check.Inputs]
+) -> tuple[ir.Drift | None, str | None]:
+    """How far an artefact is from the ONNX file beside it, where this machine runs it; and what is wrong with that."""
+    artefact = target.load(place)
+    if artefact is None:
+        return None, None
+    drift = _artefact_check.drift_of(artefact, path, samples)
+    problem = _artefact_check.complaint(drift, path, samples) if target.exact else None
+    return drift, None if problem is None else f"{target.name}: differs from {MODEL} by more than rounding: {problem}"
+
+
+def _check_saved(model: onnx_ir.Model, path: Path, sample: _artefact_check.Inputs) -> None:
     """Run the file once and hold it to the model in memory: the same graph must give the same bytes."""
-    names = {str(v.name) for v in model.graph.inputs}
-    data = request.data
-    if data is None and isinstance(request.model, onnx_ir.Model):
-        data = passes.held_out_samples(request.training, request.model, seed=request.seed, states=request.states)
-    sample = next(iter(data if isinstance(data, ir.Data) else ir.seeded_data(model, 1, request.seed)))
-    drift = ir.compare(model, path, [{k: v for k, v in sample.inputs.items() if k in names}])
+    drift = ir.compare(model, path, [sample])
     if not drift.equal:
         raise PassError(
             "save", MODEL, f"the saved file differs from the model in memory: max |a-b| {drift.max_abs:.3g}"

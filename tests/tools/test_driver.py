@@ -85,9 +85,8 @@ def test_a_run_writes_model_report_and_timings(path: Path) -> None:
     assert [o["path"] for o in report["outputs"]] == ["fake/manifest.json", "fake/model.so", "model.onnx"]
     for output in report["outputs"]:
         assert output["sha256"] == hashlib.sha256((out / output["path"]).read_bytes()).hexdigest()
-    assert report["targets"] == [
-        {"name": "fake", "resolved": "fake{cpu=toaster}", "kernels": ["gemm"], "fallbacks": ["Relu r: slow"]}
-    ]
+    made = {"name": "fake", "resolved": "fake{cpu=toaster}", "kernels": ["gemm"], "fallbacks": ["Relu r: slow"]}
+    assert report["targets"] == [made | {"drift": {}}]
     assert "saved file gives the same outputs in ONNX Runtime" in report["checks"]
     timings = json.loads((out / "timings.json").read_text())
     assert set(timings["stages"]) >= {"load", "passes", "save", "build fake"}
@@ -188,4 +187,46 @@ def test_the_saved_file_is_held_to_the_model(path: Path, monkeypatch: pytest.Mon
     other.graph.initializers["w1"].const_value = onnx_ir.tensor(np.ones((4, 8), np.float32), name="w1")
     ir.save_model(other, path.parent / "other.onnx")
     with pytest.raises(PassError, match=r"save: model\.onnx: the saved file differs"):
-        driver._check_saved(_request(path), model, path.parent / "other.onnx")
+        driver._check_saved(model, path.parent / "other.onnx", {"x": np.ones((2, 4), np.float32)})
+
+
+@dataclass(frozen=True)
+class Wrong(Fake):
+    """A target whose artefacts are off by a share of the range."""
+
+    share: float = 0.0
+    rounds: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return not self.rounds
+
+    def load(self, folder: Path) -> Wrong:  # it has what of an Artefact is used
+        assert (folder / "model.so").is_file()
+        return self
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        weight = np.array([i % 7 - 3 for i in range(32)], np.float32).reshape(4, 8)
+        right = np.maximum(inputs["x"] @ weight, 0)
+        wrong = right.copy()
+        wrong.flat[right.argmax()] += self.share * np.ptp(right)
+        return {"y": wrong}
+
+
+@pytest.mark.parametrize(
+    ("share", "rounds", "warns"), [(0.0, False, False), (0.01, False, True), (0.01, True, False), (np.nan, False, True)]
+)
+def test_an_artefact_is_held_to_the_file_beside_it(path: Path, share: float, rounds: bool, warns: bool) -> None:
+    outcome = compile_model(_request(path, targets=(Wrong(share, rounds),), pipeline=Pipeline()))
+    (output,) = outcome.report.targets[0].drift["outputs"]
+    if np.isnan(share):
+        assert output["unmatched"]
+    else:
+        assert output["relative"] == pytest.approx(share, abs=1e-6, rel=0.9 if share else 0)
+    found = [w for w in outcome.report.warnings if w.startswith("fake: differs from model.onnx by more than rounding")]
+    assert bool(found) == warns
+
+
+def test_an_artefact_is_not_run_without_full_checks(path: Path) -> None:
+    outcome = compile_model(_request(path, targets=(Wrong(1.0),), check="structure"))
+    assert not outcome.report.targets[0].drift

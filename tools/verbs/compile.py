@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,8 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
             click.echo(_planned(p.training) if dry_run else _trained(p.training))
     for target in report.targets:
         click.echo(f"target {target.resolved}")
+        if target.drift:
+            click.echo(f"  {_apart(target.drift)}")
         for line in target.fallbacks:
             click.echo(f"  general form: {line}")
     for unchecked in report.unchecked:
@@ -128,6 +131,15 @@ def _planned(training: TrainingReport) -> str:
         f"would train {'+'.join(training.passes)}: {training.parameters} parameters, {training.samples} samples"
         f"{held_out}, {training.batches} batches an epoch, {training.steps} steps"
     )
+
+
+def _apart(drift: Mapping[str, Any]) -> str:
+    """One line of how far an artefact is from the ONNX file."""
+    shares = [output["relative"] for output in drift["outputs"]]
+    samples = f"{drift['samples']} sample{'' if drift['samples'] == 1 else 's'}"
+    if None in shares:  # an output that is one number throughout
+        return f"differs from model.onnx by {max(o['max_abs'] for o in drift['outputs']):.2g} ({samples})"
+    return f"differs from model.onnx by {max(shares, default=0.0):.2g} of the range ({samples})"
 
 
 def _bytes(report: PassReport, when: str) -> str:
