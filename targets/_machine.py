@@ -71,6 +71,7 @@ _NAMES = {
     },
     "AuthenticAMD": {"znver4": _ZEN4, "znver3": _V3},
 }
+_X86 = _LEVELS | {cpu: features for names in _NAMES.values() for cpu, features in names.items()}
 
 _A76 = ("neon", "fullfp16", "dotprod", "rdm", "lse", "rcpc")
 _V1 = (*_A76, "complxnum", "jsconv", "i8mm", "bf16")
@@ -122,17 +123,17 @@ class Machine:
     activations: Activations = "float32"
 
 
-def levels() -> tuple[str, ...]:
-    """The processor names that stand for a level of the x86-64 ABI."""
-    return tuple(_LEVELS)
+def x86_names() -> tuple[str, ...]:
+    """The processors that an x86 build may name: the levels of the x86-64 ABI, and what LLVM calls some families."""
+    return tuple(_X86)
 
 
 def named(cpu: str, *, threads: int = 1) -> Machine:
-    """The machine of one x86-64 ABI level (`levels()`) or ARM processor, with the caches such have at least."""
+    """The machine of one x86 (`x86_names()`) or ARM processor, with the caches such have at least."""
     if cpu in _ARM:
         features, l1, l2 = _ARM[cpu]
         return Machine("arm", cpu, tuple(sorted(features)), lanes=4, registers=32, l1=l1, l2=l2, threads=threads)
-    return _machine(cpu, _LEVELS[cpu], threads)
+    return _machine(cpu, _X86[cpu], threads)
 
 
 def cuda(arch: str) -> Machine:
@@ -149,7 +150,7 @@ def native(*, threads: int = 1) -> Machine:
     if platform.machine() != ARCHITECTURES["x86"]:
         raise ValueError(f"cpu=native: this machine is {platform.machine()}, no x86-64; name one, as in cpu=x86-64-v3")
     flags = present()
-    names = _NAMES.get(_cpuinfo("vendor_id"), {}) | {"x86-64-v4": _V4, "x86-64-v3": _V3}
+    names = _NAMES.get(_cpuinfo("vendor_id"), {}) | dict(reversed(_LEVELS.items()))
     for cpu, features in names.items():
         if flags.issuperset(features):
             return _machine(cpu, features, threads)

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 class X86(Target):
     """Native code for 64-bit x86.
 
-    cpu is the processor to build for: native (this one) or a level of the x86-64 ABI. threads is the number of
-    threads that large kernels are split for. form=vm makes model.so for TVM's runtime, form=static makes
-    libmodel.a and model.h, which need no runtime and run in the caller's thread. prefix starts their names, so that
-    two static models fit in one program. activations=int8 rounds what is multiplied with packed weights to 8 bits, each
-    row by its own scale: faster, with an error of its own that mc-opt bench shows; for processors with AVX-512 VNNI.
+    cpu is the processor to build for: native (this one), a level of the x86-64 ABI, or a family by LLVM's name; later
+    ones run what was built for an earlier one. threads is the number of threads that large kernels are split for.
+    form=vm makes model.so for TVM's runtime, form=static makes libmodel.a and model.h, which need no runtime and run in
+    the caller's thread. prefix starts their names, so that two static models fit in one program. activations=int8
+    rounds what is multiplied with packed weights to 8 bits, each row by its own scale: faster, with an error of its own
+    that the report shows; for processors with AVX-512 VNNI.
     """
 
     name: ClassVar[str] = "x86"
@@ -36,7 +37,18 @@ class X86(Target):
         mul=0.0054, add=0.0054, shift=0.019, xnor=0.0008, lookup=0.031, bytes=0.05, lanes=16, call=400, traffic=0.05
     )
 
-    cpu: Literal["native", "x86-64-v3", "x86-64-v4"] = "native"
+    cpu: Literal[
+        "native",
+        "x86-64-v3",
+        "x86-64-v4",
+        "haswell",
+        "skylake-avx512",
+        "cascadelake",
+        "icelake-server",
+        "sapphirerapids",
+        "znver3",
+        "znver4",
+    ] = "native"
     threads: int = 1
     form: Literal["vm", "static"] = "vm"
     prefix: str = "model"

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir
 import pytest
 
-from mc_opt import targets
+from mc_opt import ir, targets
 from tests._harness import model
 
 pytestmark = [pytest.mark.tvm, pytest.mark.zig, pytest.mark.slow, pytest.mark.ci]
@@ -53,6 +53,19 @@ def test_a_shape_computed_at_run_time_is_named(tmp_path: Path) -> None:
     text = f"{HEADER} g (float[6] x, int64[2] s) => (float[2,3] y) {{ y = Reshape(x, s) }}"
     with pytest.raises(targets.TargetError, match=r"the new shape 's' is computed at run time"):
         targets.parse_target("x86").compile(model(text), tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize("cpu", ["haswell", "znver3", "skylake-avx512"])
+def test_a_build_for_a_named_processor_runs_on_a_later_one(cpu: str, tmp_path: Path) -> None:
+    small = model(f"{HEADER} g (float[3,40] x) => (float y) {{ s = Softmax (x)  y = ReduceMax<keepdims=0> (s) }}")
+    target = targets.parse_target(f"x86{{cpu={cpu}}}")
+    target.compile(small, tmp_path, lambda *_: None)
+    x = np.linspace(-1, 1, 120, dtype=np.float32).reshape(3, 40)
+    artefact = target.load(tmp_path)
+    if artefact is None:
+        pytest.skip(f"this processor is older than {cpu}")
+    (got,) = artefact.run({"x": x}).values()
+    np.testing.assert_allclose(got, ir.Session(small).run({"x": x})["y"], rtol=1e-6)
 
 
 def test_the_build_s_target_is_spelled_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from mc_opt import ir, targets
 from mc_opt.targets import _c_source, _machine
 from mc_opt.targets._c_source import Identity, Program
 from mc_opt.targets._manifest import Port
+from mc_opt.targets.x86 import X86
 
 
 def program(inputs: Sequence[str] = ("x",), outputs: Sequence[str] = ("y",)) -> Program:
@@ -85,6 +87,15 @@ def test_every_feature_that_code_may_need_can_be_checked() -> None:
     assert {f for features, *_ in _machine._ARM.values() for f in features} == set(_machine.HWCAP)
     for rows in (list(_c_source.CPUID.values()), list(_machine.HWCAP.values())):
         assert len(set(rows)) == len(rows)
+
+
+def test_every_processor_by_name_has_a_machine() -> None:
+    assert set(typing.get_args(typing.get_type_hints(X86)["cpu"])) == {"native", *_machine.x86_names()}
+    for name in _machine.x86_names():
+        made = targets.parse_target(f"x86{{cpu={name}}}")
+        assert f"cpu={name} features=+" in made.resolved()
+    older, newer = (_machine.named(name).features for name in ("skylake-avx512", "sapphirerapids"))
+    assert set(older) < set(newer)
 
 
 def test_the_target_refuses_what_static_cannot_be() -> None:
