@@ -62,6 +62,7 @@ class Built:
         kernels: special kernels, one line each.
         fallbacks: nodes that run in a general form, and why.
         seconds: build steps and their times; for timings.json only.
+        tiles: the tiles that came from a table, by the shape of their kernels.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Built:
     kernels: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tiles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,17 @@ class Target:
             TargetError: naming the node, and what to do.
         """
 
-    def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
-        """Build the model into `folder`, which exists and is empty."""
+    def compile(
+        self, model: onnx_ir.Model, folder: Path, progress: Progress, *, tiles: Mapping[str, str] | None = None
+    ) -> Built:
+        """Build the model into `folder`, which exists and is empty.
+
+        Args:
+            model: the model.
+            folder: where to.
+            progress: told of every step.
+            tiles: the tile that each shape takes, by name, as a table of measured ones has it; by rule else.
+        """
         raise TypeError(f"{self.name} builds no artefact")
 
     def load(self, folder: Path) -> Artefact | None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -60,9 +60,9 @@ def serve() -> None:
     request = json.loads(sys.argv[2])
     machine = Machine(**{**request["machine"], "features": tuple(request["machine"]["features"])})
     try:
-        answer = _build(
-            request["model"], Path(request["folder"]), machine, request["form"], request["prefix"], reporter
-        )
+        tiles = json.loads(Path(request["tiles"]).read_text(encoding="utf-8"))
+        folder = Path(request["folder"])
+        answer = _build(request["model"], folder, machine, request["form"], request["prefix"], tiles, reporter)
     except Exception as error:
         answer = _answer(error)
     reporter.send(answer)
@@ -83,14 +83,22 @@ def _answer(error: Exception) -> dict[str, Any]:
     return {"kind": kind, "error": text, "traceback": "".join(traceback.format_exception(error))}
 
 
-def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, reporter: Reporter) -> dict[str, Any]:
+def _build(
+    path: str,
+    folder: Path,
+    machine: Machine,
+    form: str,
+    prefix: str,
+    tiles: Mapping[str, str],
+    reporter: Reporter,
+) -> dict[str, Any]:
     intrinsics.register()
     model = ir.load_model(path, check="structure")
     target = target_of(machine)
     with reporter.step("lower"):
         # A static artefact's inputs are constant, and a GPU writes no rows one after the other.
         states = ir.states_of(model) if form == "vm" and machine.kind != "cuda" else {}
-        lowered = lower.lower(model, machine, lambda _done, _total, _what: None, states=states)
+        lowered = lower.lower(model, machine, lambda _done, _total, _what: None, states=states, tiles=tiles)
         inputs, outputs = ([str(v.name) for v in ports] for ports in (model.graph.inputs, model.graph.outputs))
         del model
     with target:
@@ -110,6 +118,7 @@ def _build(path: str, folder: Path, machine: Machine, form: str, prefix: str, re
         "kernels": sorted(lowered.kernels),
         "fallbacks": sorted([*lowered.fallbacks, *notes]),
         "limits": lowered.limits,
+        "tiles": lowered.choices.taken,
         "seconds": reporter.seconds,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,14 @@ def resolved(machine: Machine, *, form: str, prefix: str) -> str:
 
 
 def compile_model(
-    model: onnx_ir.Model, folder: Path, machine: Machine, *, form: str, prefix: str, progress: Progress
+    model: onnx_ir.Model,
+    folder: Path,
+    machine: Machine,
+    *,
+    form: str,
+    prefix: str,
+    progress: Progress,
+    tiles: Mapping[str, str] | None = None,
 ) -> Built:
     """Build the artefact into `folder`, which exists and is empty.
 
@@ -60,7 +68,7 @@ def compile_model(
     check(model, machine.kind, form=form)
     _installed.check_compiler()
     check_nodes(model, machine.kind)
-    answer = _process.build(model, folder, machine, form=form, prefix=prefix, progress=progress)
+    answer = _process.build(model, folder, machine, form=form, prefix=prefix, progress=progress, tiles=tiles)
     inputs = _inputs(model)
     outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
     if form != "static":
@@ -92,6 +100,7 @@ def compile_model(
         kernels=manifest.kernels,
         fallbacks=manifest.fallbacks,
         seconds=answer["seconds"],
+        tiles=answer["tiles"],
     )
 
 

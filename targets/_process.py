@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,17 +34,34 @@ class BuildError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the child is asked: which model, for which machine, printed in which form, with which names, where to."""
+    """What the child is asked.
+
+    Attributes:
+        model: the file.
+        folder: where to.
+        machine: what it is built for.
+        form: how it is printed.
+        prefix: of the names of a static library.
+        tiles: a file with the tile that each shape takes, as JSON.
+    """
 
     model: str
     folder: str
     machine: Machine
     form: str
     prefix: str
+    tiles: str
 
 
 def build(
-    model: onnx_ir.Model, folder: Path, machine: Machine, *, form: str, prefix: str, progress: Progress
+    model: onnx_ir.Model,
+    folder: Path,
+    machine: Machine,
+    *,
+    form: str,
+    prefix: str,
+    progress: Progress,
+    tiles: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Build the artefact's code in a child process; returns what the child says about it.
 
@@ -59,7 +76,9 @@ def build(
     with tempfile.TemporaryDirectory(prefix="mc-opt-build-") as place:
         path = Path(place) / "model.onnx"
         ir.save_model(model, path, reload="structure")
-        request = Request(str(path), str(folder), machine, form, prefix)
+        chosen = Path(place) / "tiles.json"  # in a file: the words of a command are limited
+        ir.write_text(chosen, json.dumps(dict(tiles or {})))
+        request = Request(str(path), str(folder), machine, form, prefix, str(chosen))
         return _run(request, progress)
 
 

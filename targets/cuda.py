@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -79,8 +80,10 @@ class Cuda(Target):
         """
         check_nodes(model, self.name)
 
-    def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
-        """Build the artefact into `folder`, which exists and is empty."""
+    def compile(
+        self, model: onnx_ir.Model, folder: Path, progress: Progress, *, tiles: Mapping[str, str] | None = None
+    ) -> Built:
+        """Build the artefact into `folder`, which exists and is empty; a GPU's kernels have one tile a shape."""
         _cuda.check(self.form())
         return _native.compile_model(model, folder, self.machine(), form=self.form(), prefix="model", progress=progress)
 

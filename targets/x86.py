@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -92,10 +93,12 @@ class X86(Target):
         """
         check_nodes(model, self.name)
 
-    def compile(self, model: onnx_ir.Model, folder: Path, progress: Progress) -> Built:
+    def compile(
+        self, model: onnx_ir.Model, folder: Path, progress: Progress, *, tiles: Mapping[str, str] | None = None
+    ) -> Built:
         """Build the artefact into `folder`, which exists and is empty."""
         return _native.compile_model(
-            model, folder, self.machine(), form=self.form, prefix=self.prefix, progress=progress
+            model, folder, self.machine(), form=self.form, prefix=self.prefix, progress=progress, tiles=tiles
         )
 
     def load(self, folder: Path) -> Artefact | None:

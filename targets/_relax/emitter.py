@@ -24,6 +24,7 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims, folding
 from mc_opt.targets._relax.dims import Dim, Shape
 from mc_opt.targets._relax.moves import Moves
+from mc_opt.targets.kernels._choice import Choices
 
 Layout = Literal["plain", "nhwc"]
 Handler = Callable[["Emitter", onnx_ir.Node], None]
@@ -87,14 +88,13 @@ class Emitter:
     """Builds the Relax function of one model, node by node."""
 
     def __init__(self, model: onnx_ir.Model, machine: Machine) -> None:
-        self.bb = relax.BlockBuilder()
-        self.machine = machine
-        self.model = model
+        self.bb, self.machine, self.model = relax.BlockBuilder(), machine, model
         self.kernels, self.fallbacks = list[str](), list[str]()
         self.names: dict[str, tirx.Var] = {}  # the open dimensions of the inputs
         self.moves = Moves()
         self.limits: dict[str, int] = {}  # the largest sizes that the model takes
         self.states: Mapping[str, str] = {}  # outputs that may be written in place of inputs
+        self.choices = Choices()  # of tiles
         self._held: dict[onnx_ir.Value, _Held] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
 

@@ -19,18 +19,28 @@ from mc_opt.targets._open import open_shapes
 from mc_opt.targets._refusal import refusal, where
 from mc_opt.targets._relax import bodies, dims, extents, folding, half, open_ops
 from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets.kernels._choice import Choices
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """The Relax module of a model and what was noted on the way; `limits` are the largest sizes of open dimensions."""
+    """The Relax module of a model and what was noted on the way.
+
+    Attributes:
+        module: it holds the function `main`.
+        kernels: special kernels, one line each.
+        fallbacks: nodes that run in a general form, and why.
+        limits: the largest sizes of open dimensions.
+        choices: the tiles that were offered and taken.
+    """
 
     module: tvm.IRModule
     kernels: tuple[str, ...]
     fallbacks: tuple[str, ...]
     limits: dict[str, int]
+    choices: Choices
 
 
 def lower(
@@ -39,6 +49,7 @@ def lower(
     progress: Callable[[int, int, str], None],
     *,
     states: Mapping[str, str] | None = None,
+    tiles: Mapping[str, str] | None = None,
 ) -> Lowered:
     """Emit the Relax function `main` of a model whose inputs have static shapes, or such open ones as may be.
 
@@ -49,6 +60,7 @@ def lower(
         machine: what it will run on.
         progress: told of every node.
         states: outputs that may be written over inputs, by name.
+        tiles: the tile that each shape takes, by name; by rule where it says nothing.
     """
     table = _relax.handlers()
     fallbacks = _inline_functions(model, table)
@@ -56,6 +68,7 @@ def lower(
     fallbacks += bodies.expand(model, table)
     emitter = Emitter(model, machine)
     emitter.states = states or {}
+    emitter.choices = Choices(tiles)
     emitter.fallbacks.extend(fallbacks)
     inputs: list[Any] = []
     for value, shape in zip(model.graph.inputs, open_shapes(model), strict=True):
@@ -73,7 +86,7 @@ def lower(
             result = emitter.bb.emit_output(relax.Tuple(_outputs(emitter)))
         emitter.bb.emit_func_output(result)
     limits = dict(sorted(emitter.limits.items()))
-    return Lowered(emitter.bb.get(), tuple(emitter.kernels), tuple(emitter.fallbacks), limits)
+    return Lowered(emitter.bb.get(), tuple(emitter.kernels), tuple(emitter.fallbacks), limits, emitter.choices)
 
 
 def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Handler]) -> None:

@@ -44,7 +44,7 @@ class Channelwise(Nest):
     def write(self) -> None:
         """Images and rows | vectors of channels | tiles along the row, those at the border written out."""
         last, width = self.window.axes[-1], self.positions[-1]
-        wide = _window.channelwise_width(width, self.machine)
+        wide = self.window.wide or _window.channelwise_width(width, self.machine)
         borders = set(_window.border_tiles(last, width, wide))
         tiles = range(-(-width // wide))
         inner = [q for q in tiles if q not in borders]

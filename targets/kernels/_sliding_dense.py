@@ -83,7 +83,9 @@ class Dense(Nest):
         columns, vector = self.window.columns, self.window.vector
         held = columns // vector
         tile = _tile.Tile(1, 1, columns, vector)
-        high, wide = _tile.positions(self.rows, self.width, self.channels, tile, self.machine)
+        high, wide = self.window.high, self.window.wide
+        if not wide:
+            high, wide = _tile.positions(self.rows, self.width, self.channels, tile, self.machine)
         rows, across = spans(self.rows, high), spans(self.width, wide)
         outer = [self.images, *self.leading]
         work = math.prod(dims.nominal(n) for n in [*self.sums.extents, *self.taps, self.sums.inputs])

@@ -7,6 +7,10 @@ import math
 from typing import Any
 
 from mc_opt.targets._machine import Machine
+from mc_opt.targets.kernels import _choice
+
+# Candidates of one number of columns: with three numbers, eight in all.
+_OF_EACH_WIDTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +46,22 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     product in fused multiply-adds: two a cycle, loads a little fewer, a latency of four cycles, and weights that come
     from the second-level cache.
     """
+    return next(iter(candidates(rows, width, columns, machine).values()))
+
+
+def candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[str, Tile]:
+    """The tiles that `choose` thinks least time for, by name: the best few of each number of columns, its own first."""
     if machine.kind == "cuda":
-        return Tile(1, 1, 1, 1)  # its schedules tile what threads share (_threads.py)
+        return {"1x1x1": Tile(1, 1, 1, 1)}  # its schedules tile what threads share (_threads.py)
     vector = vector_width(columns, machine)
     limit = machine.registers - 4
     vectors = math.ceil(columns / vector)
     # Wider tiles than three registers stream weights faster than the second-level cache gives them
     # (measured with AVX-512: 64 columns reach 80 % of 48); only few positions need them, to hide the latency.
     widest = (3 if machine.kind == "x86" else 2) if rows * width >= 4 else 8
-    best: tuple[float, int, Tile] | None = None
+    ranked = []
     for held in range(1, min(widest, vectors) + 1):
+        found = []
         for wide in range(1, min(width, limit // held) + 1):
             for high in range(1, min(rows, limit // (held * wide)) + 1):
                 positions = wide * high
@@ -60,36 +70,56 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
                 tile = Tile(high, wide, held * vector, vector)
                 # The input is copied to where it fills the last tiles.
                 copy = 1.0 if width % wide == 0 and rows % high == 0 else 1.05
-                key = (copy * tiles * (step + 0.25 * held), -positions * held, tile)
-                if best is None or key[:2] < best[:2]:
-                    best = key
-    assert best is not None
-    return best[2]
+                found.append((copy * tiles * (step + 0.25 * held), -positions * held, tile))
+        ranked += sorted(found, key=lambda key: key[:2])[:_OF_EACH_WIDTH]
+    ranked.sort(key=lambda key: key[:2])
+    return {_choice.by(t.high, t.wide, t.columns): t for _, _, t in ranked[: _choice.MOST]}
 
 
-def exact(rows: int, width: int, columns: int, machine: Machine) -> Tile:
-    """The tile of least estimated time where the last tiles are as small as what is left."""
+def exact_candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[str, Tile]:
+    """Tiles by name where the last ones are as small as what is left, the least estimated time first.
+
+    The first is the rule's: it leaves height and width to `positions`, as 0. The others are the best few of each number
+    of columns, so that what is measured differs in more than one way.
+    """
     if machine.kind == "cuda":
-        return Tile(1, 1, 1, 1)
+        return {"1x1x1": Tile(1, 1, 1, 1)}
     vector = vector_width(columns, machine)
     vectors = math.ceil(columns / vector)
     widest = (3 if machine.kind == "x86" else 2) if rows * width >= 4 else 8
-    tiles = [(*_positions(rows, width, vectors, held, machine), held) for held in range(1, min(widest, vectors) + 1)]
-    _, high, wide, held = min(tiles)
-    return Tile(high, wide, held * vector, vector)
+    best, others = [], []
+    for held in range(1, min(widest, vectors) + 1):
+        first, *rest = [
+            (cost, high, wide, held)
+            for cost, _, high, wide in _positions(rows, width, vectors, held, machine)[:_OF_EACH_WIDTH]
+        ]
+        best.append(first)
+        others += rest
+    rule = min(best)
+    others = sorted([key for key in (*best, *others) if key != rule])[: _choice.MOST - 1]
+    named = {_choice.by(*key[1:3], key[3] * vector): key for key in (rule, *others)}
+    return {name: Tile(*((0, 0) if key == rule else key[1:3]), key[3] * vector, vector) for name, key in named.items()}
+
+
+def dividing(group: int, tile: Tile, machine: Machine) -> Tile:
+    """The tile with columns that divide a group's."""
+    if group % tile.columns == 0:
+        return tile
+    columns = max(d for d in range(1, tile.columns + 1) if group % d == 0)
+    return dataclasses.replace(tile, columns=columns, vector=math.gcd(columns, machine.lanes))
 
 
 def positions(rows: int, width: int, columns: int, tile: Tile, machine: Machine) -> tuple[int, int]:
     """How high and wide a tile of so many columns is best, where the last tiles are as small as what is left."""
     vectors = math.ceil(columns / tile.vector)
-    _, high, wide = _positions(rows, width, vectors, tile.columns // tile.vector, machine)
+    _, _, high, wide = _positions(rows, width, vectors, tile.columns // tile.vector, machine)[0]
     return high, wide
 
 
-def _positions(rows: int, width: int, vectors: int, held: int, machine: Machine) -> tuple[float, int, int]:
-    """The estimated time of `choose`, the tail tiles by themselves, and the height and width that need it."""
+def _positions(rows: int, width: int, vectors: int, held: int, machine: Machine) -> list[tuple[float, int, int, int]]:
+    """Heights and widths by the estimated time of `choose`, the tail tiles by themselves: time, rank, height, width."""
     limit = machine.registers - 4
-    best: tuple[float, int, int, int] | None = None
+    found = []
     for wide in range(1, min(width, limit // held) + 1):
         for high in range(1, min(rows, limit // (held * wide)) + 1):
             cost = 0.0
@@ -98,10 +128,8 @@ def _positions(rows: int, width: int, vectors: int, held: int, machine: Machine)
                     for v, panels in _cut(vectors, held):
                         step = max(h * w * v / 2, 0.8 * (h * w + v), 4.0, 1.5 * v)
                         cost += down * across * panels * (step + 0.25 * v)
-            key = (cost, -high * wide, high, wide)
-            best = key if best is None or key < best else best
-    assert best is not None
-    return best[0], best[2], best[3]
+            found.append((cost, -high * wide, high, wide))
+    return sorted(found)
 
 
 def _cut(length: int, size: int) -> list[tuple[int, int]]:

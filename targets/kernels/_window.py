@@ -9,6 +9,7 @@ from typing import Any
 from tvm import te, tirx
 
 from mc_opt.targets._machine import Machine
+from mc_opt.targets.kernels import _choice
 
 # The name of the block annotation.
 _ANNOTATION = "mc_sliding"
@@ -68,36 +69,78 @@ class Sliding:
         vector: lanes of one register.
         channelwise: each output channel reads its own input channel only (depthwise convolution, pooling).
         axes: the spatial axes; only those of a channelwise window may reach outside the source.
+        high: rows of positions of a tile; 0 leaves it to the rule.
+        wide: positions of a row of a tile; 0 leaves it to the rule.
+        shape: what a table of measured tiles calls it; empty where there is nothing to choose.
     """
 
     columns: int
     vector: int
     channelwise: bool
     axes: tuple[Axis, ...]
+    high: int = 0
+    wide: int = 0
+    shape: str = ""
 
-    def annotation(self, machine: Machine) -> dict[str, list[int]]:
-        """The block annotation, which survives fusion; none for a GPU, whose kernels take in what pads and moves."""
+    def annotation(self, machine: Machine) -> dict[str, Any]:
+        """The block annotations, which survives fusion; none for a GPU, whose kernels take in what pads and moves."""
         if machine.kind == "cuda":
             return {}
-        numbers = [self.columns, self.vector, int(self.channelwise)]
+        numbers = [self.columns, self.vector, int(self.channelwise), self.high, self.wide]
         for axis in self.axes:
             numbers += dataclasses.astuple(axis)
-        return {_ANNOTATION: numbers}
+        return {_ANNOTATION: numbers, **_choice.annotation(self.shape)}
 
 
 def read(annotations: Any) -> Sliding | None:
     """The window of a block's annotations; None where there is none."""
     if _ANNOTATION not in annotations:
         return None
-    columns, vector, channelwise, *rest = (int(v) for v in annotations[_ANNOTATION])
+    columns, vector, channelwise, high, wide, *rest = (int(v) for v in annotations[_ANNOTATION])
     axes = tuple(Axis(*rest[k : k + 5]) for k in range(0, len(rest), 5))
-    return Sliding(columns, vector, bool(channelwise), axes)
+    return Sliding(columns, vector, bool(channelwise), axes, high, wide)
 
 
 def channelwise_width(positions: int, machine: Machine) -> int:
     """Positions of a channelwise tile: its taps stay in registers beside the sums."""
     most = min(positions, 8 if machine.registers > 16 else 4)
-    return min(range(1, most + 1), key=lambda v: (-(-positions // v) * (v + 2), v))
+    return min(range(1, most + 1), key=lambda v: (_channelwise_steps(positions, v), v))
+
+
+def channelwise_widths(axis: Axis, positions: int, machine: Machine) -> dict[str, int]:
+    """Widths of a channelwise tile worth measuring, by name; the rule's is first, and stands as 0."""
+    rule = channelwise_width(positions, machine)
+    fits = steps_over(axis, positions, machine)
+    widths = [
+        v
+        for v in range(1, min(positions, machine.registers // 2 - 2) + 1)
+        if v != rule and (not fits or len(border_tiles(axis, positions, v)) <= _MOST_BORDERS)
+    ]
+    widths.sort(key=lambda v: (_channelwise_steps(positions, v), v))
+    return {str(rule): 0, **{str(v): v for v in widths[: _choice.MOST - 1]}}
+
+
+def _channelwise_steps(positions: int, wide: int) -> int:
+    """The estimated time of a row in tiles so wide: a position is a step, loading the taps two."""
+    return -(-positions // wide) * (wide + 2)
+
+
+def shape_of(family: str, source: Sequence[Any], result: Sequence[Any], axes: Sequence[Axis], dtype: str) -> str:
+    """What a table of measured tiles calls a window: two of one name are the same work; empty with open extents."""
+    if not all(isinstance(n, int) for n in (*source, *result)):
+        return ""
+    parts = [
+        f"{family} {_choice.by(*source)} -> {_choice.by(*result)}",
+        f"kernel {_choice.by(*(a.kernel for a in axes))}",
+    ]
+    for word, numbers, usual in (
+        ("stride", [a.stride for a in axes], 1),
+        ("dilation", [a.dilation for a in axes], 1),
+        ("before", [a.before for a in axes], 0),
+    ):
+        if any(n != usual for n in numbers):
+            parts.append(f"{word} {_choice.by(*numbers)}")
+    return ", ".join((*parts, dtype))
 
 
 def border_tiles(axis: Axis, positions: int, wide: int) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,7 @@ from tvm import relax, te, tirx
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _decode, _tile, _weights, _window
-from mc_opt.targets.kernels._tile import Tile
-from mc_opt.targets.kernels._window import Sliding, axes_of, tap
+from mc_opt.targets.kernels._window import Sliding, axes_of, shape_of, tap
 from mc_opt.targets.kernels._window import Window as Window  # part of what a convolution is asked for
 
 # FuseOps takes element-wise consumers into a kernel of this pattern (relax.OpPatternKind: out-elementwise-fusable).
@@ -38,10 +36,12 @@ class Weight:
     Attributes:
         shape: (o, c / groups, *kernel).
         packed: makes [o / columns, *kernel, c / groups, columns] for a number of columns.
+        is_constant: whether it is known while building, so that tiles can be measured with it.
     """
 
     shape: tuple[int, ...]
     packed: Callable[[int], relax.Expr]
+    is_constant: bool = False
 
 
 def constant_weight(
@@ -60,7 +60,7 @@ def constant_weight(
         lookup = e.lookup(value)
         if lookup is None or not _decode.fits(lookup, lambda array: _pack(ordered(array), columns=1)):
             return None
-    return Weight(tuple(shape), packed)
+    return Weight(tuple(shape), packed, is_constant=True)
 
 
 def computed_weight(e: Emitter, weight: relax.Expr) -> Weight:
@@ -126,12 +126,6 @@ def padded(
     return e.moved(pad, x, name="pad")
 
 
-def tile_of(positions: Sequence[int], columns: int, e: Emitter, *, is_flat: bool) -> Tile:
-    """The tile for output positions [.., rows, width]; `is_flat` where rows may run on into the next."""
-    rows, width = positions[-2] if len(positions) > 1 else 1, positions[-1]
-    return _tile.exact(*(1, rows * width) if is_flat else (rows, width), columns, e.machine)
-
-
 def extended(w: Window, positions: Sequence[int]) -> list[int]:
     """The input size that output positions read."""
     return [
@@ -163,14 +157,20 @@ def convolution(
     is_flat = not any(
         k > 1 or s > 1 or any(p) for k, s, p in zip(window.kernel, window.strides, window.pads, strict=True)
     )
-    tile = tile_of(positions, group_columns, e, is_flat=is_flat)
-    if groups > 1 and group_columns % tile.columns:
-        tile = dataclasses.replace(tile, columns=_divisor(group_columns, tile), vector=1)
-        tile = dataclasses.replace(tile, vector=math.gcd(tile.columns, e.machine.lanes))
     before = [p[0] for p in window.pads]
     source = padded(e, x, before, _reach(shape, window, positions), channels=shape[-1])
+    axes = axes_of(window, dims.sizes(source))
+    rows, width = positions[-2] if len(positions) > 1 else 1, positions[-1]
+    tiles = _tile.exact_candidates(*(1, rows * width) if is_flat else (rows, width), group_columns, e.machine)
+    if groups > 1:
+        tiles = {name: _tile.dividing(group_columns, tile, e.machine) for name, tile in tiles.items()}
+    called = ""
+    if weight.is_constant:
+        family = name if groups == 1 else f"{name} of {groups} groups"
+        called = shape_of(family, dims.sizes(source), (shape[0], *positions, o), axes, str(x.ty.dtype))
+    tile = e.choices.pick(called, tiles)
     packed = weight.packed(tile.columns)
-    sliding = Sliding(tile.columns, tile.vector, channelwise=False, axes=axes_of(window, dims.sizes(source)))
+    sliding = Sliding(tile.columns, tile.vector, False, axes, tile.high, tile.wide, called)
     if e.machine.kind == "cuda" and groups > 1 and group_columns >= _MANY_COLUMNS:
         return _batched(e, source, packed, _added(e, bias, shift), window=window, groups=groups, name=name)
 
@@ -285,7 +285,11 @@ def _depthwise(
         axes = axes_of(window, dims.sizes(source))
     elif repeat > 1:
         source = padded(e, x, [0] * len(axes), shape[1:-1], channels=o, repeat=repeat)
-    sliding = Sliding(vector, vector, channelwise=True, axes=axes)
+    called = ""
+    if weight.is_constant:
+        called = shape_of("depthwise", dims.sizes(source), (shape[0], *positions, o), axes, str(x.ty.dtype))
+    wide = e.choices.pick(called, _window.channelwise_widths(axes[-1], positions[-1], e.machine))
+    sliding = Sliding(vector, vector, channelwise=True, axes=axes, wide=wide, shape=called)
     packed = weight.packed(vector)
 
     def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
@@ -309,11 +313,6 @@ def _reach(shape: Sequence[int], w: Window, positions: Sequence[int]) -> list[in
         return needed
     held = list(shape[1:-1])
     return held if all(n <= h for n, h in zip(needed, held, strict=True)) else needed
-
-
-def _divisor(columns: int, tile: Tile) -> int:
-    """The largest number of columns not above the tile's that divides a group's."""
-    return max(d for d in range(1, tile.columns + 1) if columns % d == 0)
 
 
 def _added(e: Emitter, bias: np.ndarray | relax.Expr | None, shift: relax.Expr | None) -> list[relax.Expr]:

@@ -18,7 +18,7 @@ from tvm import relax, te, tirx
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _tile, _weights, lookup_gemv
+from mc_opt.targets.kernels import _choice, _tile, _weights, lookup_gemv
 from mc_opt.targets.kernels._tile import Tile
 from mc_opt.targets.kernels.conv import fusable
 
@@ -34,8 +34,12 @@ def product(
     alpha: float = 1.0,
     beta: float = 1.0,
     name: str = "gemm",
+    shape: str = "",
 ) -> relax.Expr:
-    """a: [.., m, k], b packed [.., n / c, k, c] (leading axes of length 1 broadcast) -> [.., m, n]."""
+    """a: [.., m, k], b packed [.., n / c, k, c] (leading axes of length 1 broadcast) -> [.., m, n].
+
+    `shape` is what a table of measured tiles calls the product.
+    """
     *lead_a, m, depth = dims.sizes(a)
     lead_b = dims.sizes(b)[:-3]
     rank = max(len(lead_a), len(lead_b))
@@ -60,7 +64,8 @@ def product(
             )
 
         tiles = dims.sizes(w)[-3]
-        total = te.compute((*lead, rows, tiles * tile.columns), element, name="mc_gemm", attrs=tile.annotation())
+        attributes = tile.annotation() | _choice.annotation(shape)
+        total = te.compute((*lead, rows, tiles * tile.columns), element, name="mc_gemm", attrs=attributes)
         return _epilogue(total, (*lead, m, columns), rest, alpha, beta)
 
     arguments = [source, b] if bias is None else [source, b, bias]
@@ -174,9 +179,20 @@ def matmul(e: Emitter, node: onnx_ir.Node) -> None:
     if len(shape_b) == 2 and lookup_gemv.takes(e, dims.product(rows[:-1]), right):
         y = lookup_gemv.product(e, a, right, None)
     if y is None:
-        tile = tile_for(rows[-2], columns, e)
-        y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns)
+        shape, tile = _chosen(e, a, right, columns)
+        y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns, shape=shape)
     e.set(node.outputs[0], e.reshape(y, out))
+
+
+def _chosen(e: Emitter, a: relax.Expr, right: onnx_ir.Value, columns: Dim) -> tuple[str, Tile]:
+    """What a table of measured tiles calls the product of a with a right operand, empty for none, and its tile."""
+    extents = [*dims.sizes(a), *e.shape(right)]
+    if not dims.is_static(extents) or (e.constant(right) is None and e.lookup(right) is None):
+        return "", tile_for(dims.sizes(a)[-2], columns, e)
+    lead = e.shape(right)[:-2]
+    weights = f"{_choice.by(*lead)} weights, " if lead else ""
+    shape = f"product {_choice.by(*dims.sizes(a))} -> {columns}, {weights}{a.ty.dtype}"
+    return shape, e.choices.pick(shape, _tile.candidates(1, dims.sizes(a)[-2], columns, e.machine))
 
 
 def tile_for(rows: Dim, columns: Dim, e: Emitter) -> Tile:
@@ -215,9 +231,9 @@ def gemm(e: Emitter, node: onnx_ir.Node) -> None:
     if lookup_gemv.takes(e, m, right) and alpha == 1.0 and beta == 1.0:
         y = lookup_gemv.product(e, a, right, bias, transposed=trans_b)
     if y is None:
-        tile = tile_for(m, columns, e)
+        shape, tile = _chosen(e, a, right, columns)
         b = right_operand(e, right, tile, transposed=trans_b)
-        y = product(e, a, b, bias, tile=tile, columns=columns, alpha=alpha, beta=beta)
+        y = product(e, a, b, bias, tile=tile, columns=columns, alpha=alpha, beta=beta, shape=shape)
     e.set(node.outputs[0], y)
 
 

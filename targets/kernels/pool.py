@@ -11,11 +11,10 @@ import onnx_ir
 from tvm import relax, te, tirx
 
 from mc_opt.targets._base import TargetError
-from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _math, _tile, _window
-from mc_opt.targets.kernels._window import Axis, Sliding, Window, axes_of, tap
+from mc_opt.targets.kernels._window import Axis, Sliding, Window, axes_of, shape_of, tap
 from mc_opt.targets.kernels.conv import window
 
 _LOWEST = {"float16": -65504.0, "float32": -3.4028234663852886e38, "float64": -1.7976931348623157e308}
@@ -80,11 +79,15 @@ def _reduced(
     positions: Sequence[int],
     reducer: Any,
     *,
-    machine: Machine,
+    e: Emitter,
     fill: float = 0,
     term: Any = None,
 ) -> te.Tensor:
     n, *_, c = dims.sizes(a)
+    machine = e.machine
+    family = "max_pool" if reducer is te.max else "sum_pool" if term is None else "power_pool"
+    called = shape_of(family, dims.sizes(a), (n, *positions, c), axes, str(a.dtype))
+    wide = e.choices.pick(called, _window.channelwise_widths(axes[-1], positions[-1], machine))
     steps = [te.reduce_axis((0, axis.kernel), name=f"k{i}") for i, axis in enumerate(axes)]
     vector = _tile.vector_width(c, machine)
 
@@ -92,7 +95,7 @@ def _reduced(
         value = tap(a, i, steps, axes=axes, positions=positions, fill=fill)
         return reducer(value if term is None else term(value), axis=steps)
 
-    sliding = Sliding(vector, vector, channelwise=True, axes=axes)
+    sliding = Sliding(vector, vector, channelwise=True, axes=axes, wide=wide, shape=called)
     return te.compute((n, *positions, c), element, name="mc_pool", attrs=sliding.annotation(machine))
 
 
@@ -100,9 +103,7 @@ def _maximum(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int]) -> 
     dtype = str(x.ty.dtype)
     lowest = _LOWEST[dtype] if dtype in _LOWEST else int(tirx.min_value(dtype).value)
     source, axes = _surrounded(e, x, w, positions, lowest)
-    maximum = functools.partial(
-        _reduced, axes=axes, positions=positions, reducer=te.max, machine=e.machine, fill=lowest
-    )
+    maximum = functools.partial(_reduced, axes=axes, positions=positions, reducer=te.max, e=e, fill=lowest)
     return e.te(maximum, source, name="max_pool")
 
 
@@ -111,7 +112,7 @@ def _average(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], *, 
     source, axes = _surrounded(e, x, w, positions, 0.0)
 
     def average(a: te.Tensor) -> te.Tensor:
-        total = _reduced(a, axes, positions, te.sum, machine=e.machine)
+        total = _reduced(a, axes, positions, te.sum, e=e)
 
         def element(*i: Any) -> Any:
             return total(*i) / _count(i[1:-1], w, spatial, include=include).astype(a.dtype)
@@ -140,7 +141,7 @@ def _power(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int], *, p:
     source, axes = _surrounded(e, x, w, positions, 0.0)
 
     def norm(a: te.Tensor) -> te.Tensor:
-        total = _reduced(a, axes, positions, te.sum, machine=e.machine, term=lambda v: _raised(v, p))
+        total = _reduced(a, axes, positions, te.sum, e=e, term=lambda v: _raised(v, p))
         return te.compute(total.shape, lambda *i: _root(total(*i), p), name="nth_root")
 
     return e.te(norm, source, name="lp_pool")

@@ -59,11 +59,17 @@ def build(proto: onnx.ModelProto, target: Machine) -> tuple[relax.VirtualMachine
     return relax.VirtualMachine(executable, tvm.cpu()), module, notes
 
 
-def compiled(proto: onnx.ModelProto, target: Machine) -> tuple[tvm.relax.VMExecutable, tvm.IRModule, list[str]]:
+def lowered_model(proto: onnx.ModelProto, target: Machine, tiles: Mapping[str, str] | None = None) -> lower.Lowered:
+    """The model as Relax, with the tiles that a table chose."""
+    return lower.lower(onnx_ir.from_proto(proto), target, lambda *_: None, tiles=tiles)
+
+
+def compiled(
+    proto: onnx.ModelProto, target: Machine, tiles: Mapping[str, str] | None = None
+) -> tuple[tvm.relax.VMExecutable, tvm.IRModule, list[str]]:
     """The model compiled; its scheduled module and the notes of its schedules."""
     _register()
-    held = onnx_ir.from_proto(proto)
-    lowered = lower.lower(held, target, lambda *_: None)
+    lowered = lowered_model(proto, target, tiles)
     processor = machine() if target.kind == "cuda" else target
     with llvm_target(processor) as llvm:
         module, notes = _schedule.schedule(fuse(lowered.module), processor)

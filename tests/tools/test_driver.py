@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -45,7 +45,14 @@ class Fake(targets.Target):
     def resolved(self) -> str:
         return "fake{cpu=toaster}"
 
-    def compile(self, model: onnx_ir.Model, folder: Path, progress: targets.Progress) -> targets.Built:
+    def compile(
+        self,
+        model: onnx_ir.Model,
+        folder: Path,
+        progress: targets.Progress,
+        *,
+        tiles: Mapping[str, str] | None = None,
+    ) -> targets.Built:
         progress(0, 1, "toasting")
         if self.harm is not None:
             type(self).harm()

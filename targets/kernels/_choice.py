@@ -1,0 +1,52 @@
+"""Which of several ways to cut a kernel into tiles it takes: the rule's, or what a table of measured ones says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Candidates of one shape, the rule's included: what `--tune quick` measures.
+MOST = 8
+# The block annotation that names the shape of a kernel with candidates.
+SHAPE = "mc_shape"
+
+
+class Choices:
+    """The candidates that kernels offered while a model was lowered, and a table that chooses among them.
+
+    A kernel offers the tile of its rule first; without an entry in the table it is taken, as if nothing was offered.
+
+    Attributes:
+        offered: the names of the candidates of each shape, the rule's first.
+        taken: what the table chose, by shape.
+    """
+
+    def __init__(self, table: Mapping[str, str] | None = None) -> None:
+        """`table` says by name which candidate a shape takes; names that it does not offer count for nothing."""
+        self._table = dict(table or {})
+        self.offered: dict[str, tuple[str, ...]] = {}
+        self.taken: dict[str, str] = {}
+
+    def pick(self, shape: str, candidates: Mapping[str, T]) -> T:
+        """The candidate of a shape; the rule's where it has no name."""
+        names = tuple(candidates)
+        if not shape:
+            return candidates[names[0]]
+        self.offered[shape] = names
+        name = self._table.get(shape, "")
+        if name not in candidates:
+            return candidates[names[0]]
+        self.taken[shape] = name
+        return candidates[name]
+
+
+def annotation(shape: str) -> dict[str, str]:
+    """The block annotation of a kernel of that shape; it survives fusion. None for a shape without a name."""
+    return {SHAPE: shape} if shape else {}
+
+
+def by(*numbers: int) -> str:
+    """Extents as names have them: `1x56x56x64`."""
+    return "x".join(map(str, numbers))
