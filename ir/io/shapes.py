@@ -13,6 +13,7 @@ from mc_opt.ir.errors import IRError, OptionError
 from mc_opt.ir.history import Origin, Touched, add_history
 from mc_opt.ir.io.states import STATES
 from mc_opt.ir.io.weightless import graphs, walk, weightless
+from mc_opt.ir.op import find_op, is_ours
 
 # A dimension is a number or a name; as the x between dimensions is one, no name has it.
 _DIM = r"(\d+|[A-Za-wyz_][A-Za-wyz0-9_]*)"
@@ -117,14 +118,45 @@ def infer_shapes(model: onnx_ir.Model) -> None:
     What is known stays where inference knows less. An op without inference (of another domain) leaves its
     outputs as they were.
     """
-    bare, _ = weightless(model)
-    proto = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    proto = onnx.shape_inference.infer_shapes(_bare(model), data_prop=True)
     inferred = dict(walk(onnx_ir.from_proto(proto).graph))
     for path, graph in walk(model.graph):
         known = {v.name: v for v in _graph_values(inferred[path])}
         for value in _graph_values(graph):
             if (twin := known.get(value.name)) is not None:
                 _take(value, twin)
+
+
+def _bare(model: onnx_ir.Model) -> onnx.ModelProto:
+    """What onnx infers shapes from: no weights, and stubs for the weights that our ops decode, which get their types.
+
+    onnx would follow the codes through the bodies of these ops, an object for each element of a vector: gigabytes.
+    """
+    decoded: dict[str, onnx_ir.Value] = {}
+    for node in model.graph:
+        values = [v for v in node.inputs if v is not None]
+        if is_ours(node) and all(v.const_value is not None or v.name in decoded for v in values):
+            decoded |= _decoded(node)
+    bare, _ = weightless(model)
+    kept = [node for node in bare.graph.node if not set(node.output) <= decoded.keys()]
+    del bare.graph.node[:]
+    bare.graph.node.extend(kept)
+    for name, value in decoded.items():
+        assert value.dtype is not None and value.shape is not None
+        stub = onnx_ir.ExternalTensor(name, 0, None, value.dtype, shape=value.shape, name=name)
+        bare.graph.initializer.append(onnx_ir.serde.serialize_tensor(stub))
+    return bare
+
+
+def _decoded(node: onnx_ir.Node) -> dict[str, onnx_ir.Value]:
+    """The outputs of one of our nodes by name, with the types that its op gives them; none if it cannot."""
+    try:
+        types = find_op(node.op_type).types(node)
+    except IRError:
+        return {}
+    for value, (dtype, shape) in zip(node.outputs, types, strict=True):
+        _take(value, onnx_ir.Value(type=onnx_ir.TensorType(dtype), shape=shape))
+    return {str(value.name): value for value in node.outputs if is_static(value)}
 
 
 def _take(value: onnx_ir.Value, inferred: onnx_ir.Value) -> None:
@@ -255,9 +287,8 @@ def _guess(name: str, axis: int, shape: onnx_ir.Shape, sizes: tuple[int, int, in
 def _fits(model: onnx_ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     trial = model.clone()
     fix_shapes(trial, shapes)
-    bare, _ = weightless(trial)
     try:
-        onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
+        onnx.shape_inference.infer_shapes(_bare(trial), strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError:
         return False
     return True
