@@ -20,7 +20,7 @@ import mc_opt
 from benchmarks import _speed_ports as ports
 from benchmarks._speed_machine import Limits
 from mc_opt import ir
-from mc_opt.targets import _build, _machine
+from mc_opt.targets import _build, _machine, _manifest, _runtime
 from mc_opt.targets._relax import lower
 
 _RUNS = 20
@@ -72,14 +72,13 @@ def _limit(
 
 def _times(artefact: Any, sample: dict[str, np.ndarray]) -> tuple[dict[str, list[float]], float]:
     """Seconds of each call in a run by the kernel's name, and of a whole run without the instrument: all minima."""
-    library = tvm.runtime.load_module(str(artefact.folder / "model.so"))
-    machine = relax.VirtualMachine(library, tvm.cpu(), "pooled")
-    tensors = [tvm.runtime.tensor(sample[port.name]) for port in artefact.inputs]
-    main = machine["main"]
+    constants = _runtime.read(artefact.folder / _manifest.CONSTANTS)
+    machine = _runtime.Processor(artefact.folder / "model.so", constants, threads=None, pooled=True)
+    tensors = [machine.place(sample[port.name]) for port in artefact.inputs]
     total = math.inf
     for _ in range(_RUNS):
         start = time.perf_counter()
-        main(*tensors)
+        machine.call(tensors)
         total = min(total, time.perf_counter() - start)
     found: list[tuple[str, float]] = []
     start = 0.0
@@ -91,11 +90,11 @@ def _times(artefact: Any, sample: dict[str, np.ndarray]) -> tuple[dict[str, list
         else:
             found.append((str(name), time.perf_counter() - start))
 
-    machine.set_instrument(instrument)
+    machine.instrument(instrument)
     runs = []
     for _ in range(_RUNS):
         found.clear()
-        main(*tensors)
+        machine.call(tensors)
         runs.append([seconds for _, seconds in found])
     calls: dict[str, list[float]] = {}
     for (name, _), seconds in zip(found, np.min(runs, axis=0), strict=True):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import _speed_forms as forms
+from mc_opt.targets import _runtime
 
 _RUNS = 3
 
@@ -27,8 +28,13 @@ def megabytes(key: str) -> float:
 def main() -> None:
     """Print {"peak": .., "imported": ..} of one contender, in megabytes."""
     name, request = sys.argv[1], forms.Request(**json.loads(sys.argv[2]))
-    for package in {"ONNX": ["onnxruntime"], "torch": ["torch"]}.get(name.split()[0], ["tvm", "tvm.relax"]):
-        importlib.import_module(package)
+    match name.split()[0]:
+        case "ONNX":
+            importlib.import_module("onnxruntime")
+        case "torch":
+            importlib.import_module("torch")
+        case _:
+            _runtime.load()
     imported = megabytes("VmRSS")
     opened = forms.open_form(name, request)
     for _ in range(_RUNS):

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mc_opt.passes import Training
+    from mc_opt.tools._load import load
     from mc_opt.tools.api import (
         build,
         capture,
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
         compress,
         convert,
         diff,
-        load,
         load_model,
         prepare,
         save_model,
@@ -32,7 +32,7 @@ _EXPORTS = {
     "compress": "mc_opt.tools.api",
     "convert": "mc_opt.tools.api",
     "diff": "mc_opt.tools.api",
-    "load": "mc_opt.tools.api",
+    "load": "mc_opt.tools._load",
     "load_model": "mc_opt.tools.api",
     "prepare": "mc_opt.tools.api",
     "save_model": "mc_opt.tools.api",

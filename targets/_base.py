@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import onnx_ir
-
 from mc_opt import ir
 from mc_opt.ir import IRError, OptionError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a process that only runs an artefact reads no model
+    import onnx_ir
+
     from mc_opt.targets._vm import Artefact
 
 Progress = Callable[[int, int, str], None]

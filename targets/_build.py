@@ -20,7 +20,7 @@ from tvm import relax
 
 import mc_opt
 from mc_opt import ir
-from mc_opt.targets import _cuda, _device, _machine, _zig
+from mc_opt.targets import _bound, _cuda, _device, _machine, _manifest, _zig
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims, intrinsics, lower
 from mc_opt.targets.kernels import _schedule, _threads
@@ -172,7 +172,7 @@ def fuse(module: tvm.IRModule) -> tvm.IRModule:
     )(module)
 
 
-def _pipeline() -> tvm.transform.Pass:
+def _pipeline(*last: tvm.transform.Pass) -> tvm.transform.Pass:
     """The rest of the way to the virtual machine; no folding of constants, which would decode packed weights."""
     transform = relax.transform
     return tvm.transform.Sequential(
@@ -187,19 +187,23 @@ def _pipeline() -> tvm.transform.Pass:
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
             transform.VMShapeLower(),
+            *last,
             transform.AttachGlobalSymbol(),
         ]
     )
 
 
 def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter) -> None:
+    constants = _bound.Constants()
     with reporter.step("compile"):
-        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline(), tir_pipeline=intrinsics.PIPELINE)
+        pipeline = _pipeline(_bound.bind(constants))
+        executable = tvm.compile(module, target=target, relax_pipeline=pipeline, tir_pipeline=intrinsics.PIPELINE)
     with reporter.step("link"):
         work = folder / "objects"
         work.mkdir()
         executable.export_library(str(folder / "model.so"), fcompile=_linker(), workspace_dir=str(work))
         shutil.rmtree(work)
+        constants.write(folder / _manifest.CONSTANTS)
 
 
 def _write_device(

@@ -204,7 +204,7 @@ def glue(program: Program, identity: Identity, hooks: Iterable[str]) -> str:
         call_count=len(calls),
         most=max([len(c.arguments) for c in program.calls], default=1),
         check_header=_c_text.CHECK_HEADER[identity.kind],
-        check=_check(identity),
+        check=processor_check(identity.kind, identity.features),
         parameters=_declaration(program, names),
         bases=", ".join(f"(char *){n}" for n in (f"{identity.prefix}_constants", "workspace", *names)),
         present="\n".join(f"  if (!{n}) return {identity.prefix.upper()}_ERROR_ARGUMENT;" for n in present),
@@ -298,16 +298,16 @@ def _argument(argument: Argument, numbers: dict[tuple[int, ...], int]) -> str:
     return f"{{{argument.offset}u, {numbers[shape]}, {argument.base}, {len(shape)}, {_CODES[kind]}, {bits}}}"
 
 
-def _check(identity: Identity) -> str:
-    """The text that asks the processor whether it has the features."""
-    text = Template(_c_text.CHECK[identity.kind])
-    if identity.kind == "arm":
+def processor_check(kind: str, features: Iterable[str]) -> str:
+    """The text, C and C++, of a function `supported` that asks the processor whether it has the features."""
+    text = Template(_c_text.CHECK[kind])
+    if kind == "arm":
         words = {16: 0, 26: 0}
-        for feature in identity.features:
+        for feature in features:
             word, bit = HWCAP[feature]
             words[word] |= 1 << bit
         return text.substitute(hwcap=hex(words[16]), hwcap2=hex(words[26]))
-    return text.substitute(features=_listed(_features(identity.features)), xcr0=hex(_saved(identity.features)))
+    return text.substitute(features=_listed(_features(features)), xcr0=hex(_saved(features)))
 
 
 def _features(features: Iterable[str]) -> list[str]:

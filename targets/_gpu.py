@@ -6,11 +6,15 @@ import ctypes
 import dataclasses
 import importlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mc_opt.targets import _cuda
 from mc_opt.targets._manifest import Manifest
+from mc_opt.targets._runtime import open_library
 
 _DRIVER = "libcuda.so.1"
 # The runtime library that TVM 0.27 is linked with.
@@ -92,8 +96,33 @@ def unfit(manifest: Manifest) -> str | None:
     return None
 
 
-def device(tvm: Any, manifest: Manifest) -> Any:
-    """The device to run an artefact on, TVM's part for CUDA loaded; `unfit` said that it can be."""
+class OnGpu:
+    """TVM's virtual machine on the GPU, with a library that mc-opt built; `unfit` said that it runs here."""
+
+    def __init__(self, path: Path, manifest: Manifest, *, pooled: bool) -> None:
+        """Load a library; with `pooled`, memory of a run is kept for the next."""
+        self._tvm = importlib.import_module("tvm")
+        self._device = _device(self._tvm, manifest)
+        machine = importlib.import_module("tvm.relax").VirtualMachine
+        self._main = machine(open_library(path), self._device, "pooled" if pooled else "naive")["main"]
+
+    def call(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The outputs for tensors in the order of the inputs; one call at a time."""
+        found: Sequence[Any] = self._main(*tensors)
+        return found
+
+    def place(self, array: np.ndarray) -> Any:
+        """A copy of an array as a tensor."""
+        return self._tvm.runtime.tensor(array, self._device)
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        """A copy of a tensor as an array."""
+        found: np.ndarray = tensor.numpy()
+        return found
+
+
+def _device(tvm: Any, manifest: Manifest) -> Any:
+    """The device to run an artefact on, TVM's part for CUDA loaded."""
     if tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
         runtime = _runtime()
         assert runtime is not None  # unfit() saw to it

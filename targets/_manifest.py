@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mc_opt.ir import IRError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NAME = "manifest.json"
+# What the compiled main is given once, of artefacts for processors.
+CONSTANTS = "constants.bin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Manifest:
             if not data[name]:
                 del data[name]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def names_of(shapes: Sequence[Sequence[int | str]]) -> tuple[str, ...]:
+    """The open dimensions of some shapes, in order of their first appearance."""
+    return tuple(dict.fromkeys(d for shape in shapes for d in shape if isinstance(d, str)))
 
 
 def sha256(path: Path) -> str:

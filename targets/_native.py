@@ -72,7 +72,7 @@ def compile_model(
     inputs = _inputs(model)
     outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
     if form != "static":
-        (folder / "runner.cc").write_text(runner(inputs, outputs, gpu=machine.kind == "cuda"), encoding="utf-8")
+        (folder / "runner.cc").write_text(runner(inputs, outputs, machine), encoding="utf-8")
     files = {p.name: _manifest.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
     manifest = _manifest.Manifest(
         schema_version=_manifest.SCHEMA_VERSION,

@@ -7,8 +7,6 @@ the height and width of pictures, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir
 
 from mc_opt.ir import shape_advice, type_text
@@ -35,11 +33,6 @@ def open_shapes(model: onnx_ir.Model, target: str = "x86") -> list[tuple[int | s
                     f" {shape_advice(model)}"
                 )
     return named
-
-
-def names_of(shapes: Sequence[Sequence[int | str]]) -> tuple[str, ...]:
-    """The open dimensions of some shapes, in order of their first appearance."""
-    return tuple(dict.fromkeys(d for shape in shapes for d in shape if isinstance(d, str)))
 
 
 def _may(axis: int, rank: int) -> bool:

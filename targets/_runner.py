@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from mc_opt.targets._manifest import Port
-from mc_opt.targets._open import names_of
+from mc_opt.targets import _c_source, _c_text
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._manifest import Port, names_of
 
 _CODES = {"int": "kDLInt", "uint": "kDLUInt", "float": "kDLFloat", "bool": "kDLBool"}
 
 
-def runner(inputs: tuple[Port, ...], outputs: tuple[Port, ...], *, gpu: bool = False) -> str:
-    """The program for a model with these inputs and outputs."""
+def runner(inputs: tuple[Port, ...], outputs: tuple[Port, ...], machine: Machine) -> str:
+    """The program for a model with these inputs and outputs, built for a machine."""
     names = names_of([p.shape for p in inputs])
     text = _TEMPLATE
     for fixed, of_any_size in _OPEN if names else ():
         assert fixed in text, fixed
         text = text.replace(fixed, of_any_size)
     words = {"@INPUTS@": ", ".join(_port(p, names) for p in inputs), "@OUTPUTS@": str(len(outputs))}
+    words["@POOL@"] = _POOL if machine.threads > 1 else ""
     words["@NAMES@"] = ", ".join(f'"{name}"' for name in names)
-    for key, word in {**words, **(_ON_GPU if gpu else _ON_PROCESSOR)}.items():
+    if machine.kind == "cuda":
+        words |= _ON_GPU
+    else:
+        words |= _ON_PROCESSOR | {
+            "@CHECK@": _c_source.processor_check(machine.kind, machine.features),
+            "@CHECK_HEADER@": _c_text.CHECK_HEADER[machine.kind],
+            "@CPU@": machine.cpu,
+            "@THREADS@": str(machine.threads),
+        }
+    for key, word in words.items():
         text = text.replace(key, word)
     return text
 
@@ -36,6 +47,55 @@ _ON_PROCESSOR = {
     "@PLACED@": "",
     "@FETCHED@": "",
     "@COPIES@": "",
+    "@HEADERS@": "#include <@CHECK_HEADER@>\n#include <sched.h>\n#include <sys/mman.h>\n\n",
+    "@WHERE@": " and constants.bin beside it",
+    "@FITS@": """  if (!supported()) {
+    throw std::runtime_error("model.so was built for @CPU@, and this processor lacks a feature of it; build it again");
+  }
+""",
+    "@BINDING@": """@CHECK@
+const size_t kLargePage = 2 << 20;
+
+// The constants beside the library, in memory that is read faster in large pages.
+char* ReadConstants(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) throw std::runtime_error(path + ": cannot be read; it belongs beside model.so");
+  size_t bytes = file.tellg();
+  size_t page = bytes < kLargePage ? 64 : kLargePage;
+  char* memory = static_cast<char*>(std::aligned_alloc(page, (bytes / page + 1) * page));
+  if (!memory) throw std::bad_alloc();
+  if (bytes >= kLargePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  if (!file.seekg(0).read(memory, bytes)) throw std::runtime_error(path + ": cannot be read");
+  return memory;
+}
+
+struct Place {
+  char* data;
+  void AllocData(DLTensor* tensor) { tensor->data = data; }
+  void FreeData(DLTensor*) {}
+};
+
+// Main takes, behind the inputs, the constants and the tensors that it computes on the way.
+ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
+  static char* memory = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin");
+  std::vector<ffi::Any> bound = {ffi::String("main"), ffi::String("bound"), 1};
+  using Rows = ffi::Array<ffi::Array<ffi::Any>>;
+  for (const ffi::Array<ffi::Any>& row : machine->GetFunction("constants").value()().cast<Rows>()) {
+    Place place{memory + row[2].cast<ffi::Shape>()[0]};
+    DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
+    bound.push_back(ffi::Tensor::FromNDAlloc(place, row[1].cast<ffi::Shape>(), dtype, DLDevice{kDLCPU, 0}));
+  }
+  for (const ffi::Any& place : machine->GetFunction("places").value()().cast<ffi::Array<ffi::Any>>()) {
+    bound.push_back(place);
+  }
+  std::vector<ffi::AnyView> views(bound.begin(), bound.end());
+  ffi::Any nothing;
+  machine->GetFunction("save_function").value().CallPacked(views.data(), static_cast<int32_t>(views.size()), &nothing);
+  return machine->GetFunction("bound").value();
+}
+
+""",
+    "@MAIN@": "Bound(machine, file)",
 }
 _ON_GPU = {
     "@LIBRARIES@": "-Wl,--no-as-needed,-rpath,$CUDA -ltvm_runtime_cuda ",
@@ -47,6 +107,11 @@ _ON_GPU = {
       static_cast<int>(kDLCUDA), 0, kAllocator, static_cast<int>(kDLCPU), 0, kAllocator""",
     "@PLACED@": "ToGpu",
     "@FETCHED@": "FromGpu",
+    "@HEADERS@": "",
+    "@WHERE@": "",
+    "@BINDING@": "",
+    "@FITS@": "",
+    "@MAIN@": 'machine->GetFunction("main").value()',
     "@COPIES@": """ffi::Tensor ToGpu(const ffi::Tensor& tensor) {
   auto allocate = ffi::Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
   auto copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromBytes");
@@ -66,7 +131,18 @@ ffi::Tensor FromGpu(const ffi::Tensor& tensor) {
 """,
 }
 
-_TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...
+_POOL = """  // A pool of threads that may run on all of this process's processors.
+  cpu_set_t allowed;
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  ffi::Array<ffi::String> processors;
+  for (int k = 0; k < CPU_SETSIZE; ++k) {
+    if (CPU_ISSET(k, &allowed)) processors.push_back(std::to_string(k));
+  }
+  const int kShareAll = -3, kThreads = @THREADS@;
+  ffi::Function::GetGlobalRequired("runtime.config_threadpool")(kShareAll, kThreads, processors);
+"""
+
+_TEMPLATE = r"""// Loads model.so@WHERE@ and runs it once: runner model.so input.bin ... output.bin ...
 //
 // Inputs and outputs are raw files, in the order of manifest.json; the outputs' types and shapes are printed.
 // Build it against the headers and the runtime of the Python packages tvm and tvm_ffi, with a compiler whose C++
@@ -77,7 +153,7 @@ _TEMPLATE = r"""// Loads model.so and runs it once: runner model.so input.bin ..
 //       -L$TVM/lib -L$FFI/lib @LIBRARIES@-ltvm_runtime -ltvm_ffi -Wl,-rpath,$TVM/lib:$FFI/lib
 //   ./runner model.so input.bin output.bin
 
-#include <tvm/ffi/container/array.h>
+@HEADERS@#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
@@ -132,19 +208,19 @@ void Print(const ffi::Tensor& tensor) {
   std::printf("%s %s\n", std::string(ffi::DLDataTypeToString(tensor.dtype())).c_str(), shape.c_str());
 }
 
-void Run(const std::vector<std::string>& paths) {
-  // A name without a slash would be looked for among the system's libraries.
+@BINDING@void Run(const std::vector<std::string>& paths) {
+@FITS@  // A name without a slash would be looked for among the system's libraries.
   std::string file = paths[0].find('/') == std::string::npos ? "./" + paths[0] : paths[0];
   ffi::Module library = ffi::Module::LoadFromFile(file);
   ffi::Module machine = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-  const int kAllocator = 2;  // pooled
+@POOL@  const int kAllocator = 2;  // pooled
   machine->GetFunction("vm_initialization").value()(@DEVICES@);
   std::vector<ffi::AnyView> arguments;
   std::vector<ffi::Tensor> inputs;
   for (size_t k = 0; k < kInputs.size(); ++k) inputs.push_back(@PLACED@(Read(kInputs[k], paths[1 + k])));
   for (const ffi::Tensor& tensor : inputs) arguments.push_back(tensor);
   ffi::Any result;
-  machine->GetFunction("main").value().CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+  @MAIN@.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
   ffi::Array<ffi::Tensor> outputs = result.cast<ffi::Array<ffi::Tensor>>();
   for (size_t k = 0; k < kOutputs; ++k) {
     Write(@FETCHED@(outputs[k]), paths[1 + kInputs.size() + k]);
@@ -174,8 +250,8 @@ int main(int count, char** words) {
 # What differs in the program of a model with open dimensions: their sizes are words before the files.
 _OPEN = (
     (
-        "// Loads model.so and runs it once: runner model.so input.bin ... output.bin ...\n",
-        "// Loads model.so and runs it once: runner model.so name=size ... input.bin ... output.bin ...\n"
+        "// Loads model.so@WHERE@ and runs it once: runner model.so input.bin ... output.bin ...\n",
+        "// Loads model.so@WHERE@ and runs it once: runner model.so name=size ... input.bin ... output.bin ...\n"
         "//\n// Every open dimension of manifest.json gets a size, as in batch=4.\n",
     ),
     ("//   ./runner model.so input.bin output.bin\n", "//   ./runner model.so name=4 input.bin output.bin\n"),

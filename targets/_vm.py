@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import math
+import hashlib
 import platform
-import tempfile
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,50 +12,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mc_opt.ir import DataError, IRError
-from mc_opt.targets import _gpu, _installed, _machine, _manifest
-from mc_opt.targets._manifest import Manifest, Port
-from mc_opt.targets._open import names_of
+from mc_opt.targets import _gpu, _installed, _machine, _manifest, _runtime
+from mc_opt.targets._manifest import Manifest, Port, names_of
 
 if TYPE_CHECKING:
     from mc_opt.targets._stream import Stream
-
-# TVM's kernels load whole vectors from the beginning of a tensor.
-_ALIGNMENT = 64
 
 
 class Artefact:
     """A built model, ready to run. Loading one executes native code: load only what you trust."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, constants: np.ndarray, threads: int) -> None:
         """Load model.so; `load_artefact` is the door that checks first."""
-        # Imported here: naming an artefact's errors must not take TVM's seconds.
-        relax = importlib.import_module("tvm.relax")
-        self._tvm = importlib.import_module("tvm")
         self.folder = folder
         self.manifest = manifest
+        self.threads = threads
         self._lock = threading.Lock()
-        if manifest.threads > 1:
-            self._tvm.get_global_func("runtime.config_threadpool")(1, manifest.threads)
-        try:
-            self._device = _gpu.device(self._tvm, manifest) if manifest.kind == "cuda" else self._tvm.cpu()
-            library = self._open(folder / "model.so")
-        except Exception as error:
-            line = str(error).strip().splitlines()[-1]
-            raise IRError(f"{folder / 'model.so'}: cannot be loaded: {line}; build the artefact again") from error
         is_open = bool(names_of([p.shape for p in manifest.inputs]))
-        # TVM's pool keeps a buffer of every size that ever was: with open dimensions it would grow with each new one.
-        self._main = relax.VirtualMachine(library, self._device, "naive" if is_open else "pooled")["main"]
+        self._machine = _machine_of(folder / "model.so", manifest, constants, threads=threads, is_open=is_open)
         # Inputs of one shape have their places for good: TVM takes longer to make a tensor than small models to run.
-        fixed = () if is_open or manifest.kind == "cuda" else manifest.inputs
-        self._places = [_aligned(p.shape, np.dtype(p.dtype)) for p in fixed]
-        self._tensors = [self._tensor(place) for place in self._places]
-
-    def _open(self, path: Path) -> Any:
-        """The library at `path` as it is now: the loader knows libraries by name, and would give an earlier build."""
-        with tempfile.TemporaryDirectory(prefix="mc-opt-") as folder:
-            link = Path(folder, "model.so")
-            link.symlink_to(path.resolve())
-            return importlib.import_module("tvm_ffi").load_module(link)  # tvm's own would follow the link first
+        self._places: list[np.ndarray] | None = None
+        if not is_open and isinstance(self._machine, _runtime.Processor):
+            self._places = [_runtime.aligned(p.shape, np.dtype(p.dtype)) for p in manifest.inputs]
+            self._tensors = [self._machine.tensor(place) for place in self._places]
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -76,14 +53,8 @@ class Artefact:
             DataError: an input is missing, unknown, or has another shape or type.
         """
         arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
-        if self.manifest.kind == "cuda":
-            tensors = [self._tvm.runtime.tensor(a, self._device) for a in arrays]
-            with self._lock:
-                results = [r.numpy() for r in self._main(*tensors)]
-        else:
-            with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
-                # The copies are the caller's: the virtual machine's own buffers go back to its pool.
-                results = [np.array(np.from_dlpack(r)) for r in self._main(*self._placed(arrays))]
+        with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
+            results = [self._machine.fetch(r) for r in self._machine.call(self._placed(arrays))]
         return {port.name: array for port, array in zip(self.manifest.outputs, results, strict=True)}
 
     def stream(self) -> Stream:
@@ -94,11 +65,7 @@ class Artefact:
 
     def place(self, array: np.ndarray) -> Any:
         """A copy of an array as a tensor in the machine's memory."""
-        if self.manifest.kind == "cuda":
-            return self._tvm.runtime.tensor(array, self._device)
-        place = _aligned(array.shape, array.dtype)
-        np.copyto(place, array)
-        return self._tensor(place)
+        return self._machine.place(array)
 
     def call(self, tensors: Mapping[str, Any], keep: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Run on tensors by name: the outputs in `keep` as tensors, and the others as arrays.
@@ -106,28 +73,33 @@ class Artefact:
         States among the tensors may be written; they are what the states among the outputs then are.
         """
         with self._lock:
-            results = self._main(*[tensors[port.name] for port in self.manifest.inputs])
+            results = self._machine.call([tensors[port.name] for port in self.manifest.inputs])
             named = {port.name: tensor for port, tensor in zip(self.manifest.outputs, results, strict=True)}
             kept = {name: tensor for name, tensor in named.items() if name in keep}
-            return kept, {name: tensor.numpy() for name, tensor in named.items() if name not in kept}
+            return kept, {name: self._machine.fetch(t) for name, t in named.items() if name not in kept}
 
     def _placed(self, arrays: Sequence[np.ndarray]) -> list[Any]:
-        """The arrays as tensors of this processor, copied to where kernels may load whole vectors."""
-        places = self._places or [_aligned(a.shape, a.dtype) for a in arrays]
-        for place, array in zip(places, arrays, strict=True):
+        """The arrays as tensors of the machine, copied to where kernels may load whole vectors."""
+        if self._places is None:
+            return [self._machine.place(array) for array in arrays]
+        for place, array in zip(self._places, arrays, strict=True):
             np.copyto(place, array)
-        return self._tensors or [self._tensor(place) for place in places]
-
-    def _tensor(self, place: np.ndarray) -> Any:
-        return self._tvm.runtime.from_dlpack(place)
+        return self._tensors
 
 
-def _aligned(shape: Sequence[Any], dtype: np.dtype) -> np.ndarray:
-    """Memory for an array, aligned as TVM asks it."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+def _machine_of(
+    path: Path, manifest: Manifest, constants: np.ndarray, *, threads: int, is_open: bool
+) -> _runtime.Processor | _gpu.OnGpu:
+    """The library at `path`, loaded."""
+    try:
+        if manifest.kind == "cuda":
+            return _gpu.OnGpu(path, manifest, pooled=not is_open)
+        # TVM's pool keeps a buffer of every size that ever was: with open dimensions it would grow with each new one.
+        used = threads if manifest.threads > 1 else None
+        return _runtime.Processor(path, constants, threads=used, pooled=not is_open)
+    except Exception as error:
+        line = str(error).strip().splitlines()[-1]
+        raise IRError(f"{path}: cannot be loaded: {line}; build the artefact again") from error
 
 
 def check_inputs(
@@ -204,32 +176,37 @@ def _check_sizes(
             )
 
 
-def load_artefact(folder: str | Path, target: str | None = None) -> Artefact:
+def load_artefact(folder: str | Path, target: str | None = None, *, threads: int | None = None) -> Artefact:
     """Load what was built into `folder`: a target's own folder, or the output folder that holds it.
 
     Args:
         folder: the folder.
         target: which target to take; the default is the first that this machine runs.
+        threads: how many run the loops that were built for several (`x86{threads=2}`); the default is what it was
+            built for. What was built for one has no such loops, and runs on one.
 
     Raises:
         IRError: nothing there was built for this machine, a file was changed, or another version built it.
+        ValueError: there is no thread to run it.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: expected 1 or more")
     folder = Path(folder)
     if (folder / _manifest.NAME).is_file() and (target is None or folder.name == target):
-        return _load(folder)
+        return _load(folder, threads)
     built = sorted(p.parent for p in folder.glob(f"*/{_manifest.NAME}"))
     names = ", ".join(p.name for p in built) or "none"
     if target is not None:
         if folder / target not in built:
             raise IRError(f"{folder}: target {target!r} was not built (built: {names})")
-        return _load(folder / target)
+        return _load(folder / target, threads)
     if not built:
         raise IRError(f"{folder}: holds no built target; build one with --target x86")
     reasons = []
     for place in built:
         reason = unfit(_manifest.read(place))
         if reason is None:
-            return _load(place)
+            return _load(place, threads)
         reasons.append(f"{place.name}: {reason}")
     raise IRError(f"{folder}: nothing here runs on this machine; {'; '.join(reasons)}")
 
@@ -261,7 +238,7 @@ def unfit(manifest: Manifest) -> str | None:
     return None
 
 
-def _load(folder: Path) -> Artefact:
+def _load(folder: Path, threads: int | None) -> Artefact:
     manifest = _manifest.read(folder)
     reason = unfit(manifest)
     if reason is not None:
@@ -275,5 +252,23 @@ def _load(folder: Path) -> Artefact:
     if not path.is_file():
         raise IRError(f"{path}: missing; build the artefact again")
     if _manifest.sha256(path) != manifest.files.get("model.so"):
-        raise IRError(f"{path}: differs from the file that was built (SHA-256); build the artefact again")
-    return Artefact(folder, manifest)
+        raise _changed(path)
+    count = manifest.threads if threads is None or manifest.threads == 1 else threads
+    return Artefact(folder, manifest, _constants(folder, manifest), count)
+
+
+def _constants(folder: Path, manifest: Manifest) -> np.ndarray:
+    """What main is given beside its inputs, checked in the memory that it is used from."""
+    if manifest.kind == "cuda":  # they are in the library, and go to the GPU's memory from there
+        return np.empty(0, np.uint8)
+    path = folder / _manifest.CONSTANTS
+    if not path.is_file():
+        raise IRError(f"{path}: missing; build the artefact again")
+    constants = _runtime.read(path)
+    if hashlib.sha256(constants.data).hexdigest() != manifest.files.get(_manifest.CONSTANTS):
+        raise _changed(path)
+    return constants
+
+
+def _changed(path: Path) -> IRError:
+    return IRError(f"{path}: differs from the file that was built (SHA-256); build the artefact again")

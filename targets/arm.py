@@ -23,9 +23,9 @@ class Arm(Target):
     """Native code for 64-bit ARM under Linux, built on any machine.
 
     cpu is the processor to build for; later ones run what was built for cortex-a53 and cortex-a72. threads is the
-    number of threads that large kernels are split for. form=vm makes model.so for TVM's runtime, form=static makes
-    libmodel.a and model.h, which need no runtime and run in the caller's thread. prefix starts their names, so that
-    two static models fit in one program.
+    number of threads that large kernels are split for; with 2 or more, whoever loads the artefact may choose another
+    number. form=vm makes model.so for TVM's runtime, form=static makes libmodel.a and model.h, which need no runtime
+    and run in the caller's thread. prefix starts their names, so that two static models fit in one program.
     """
 
     name: ClassVar[str] = "arm"

@@ -23,7 +23,8 @@ class X86(Target):
     """Native code for 64-bit x86.
 
     cpu is the processor to build for: native (this one), a level of the x86-64 ABI, or a family by LLVM's name; later
-    ones run what was built for an earlier one. threads is the number of threads that large kernels are split for.
+    ones run what was built for an earlier one. threads is the number of threads that large kernels are split for; with
+    2 or more, whoever loads the artefact may choose another number.
     form=vm makes model.so for TVM's runtime, form=static makes libmodel.a and model.h, which need no runtime and run in
     the caller's thread. prefix starts their names, so that two static models fit in one program. activations=int8
     rounds what is multiplied with packed weights to 8 bits, each row by its own scale: faster, with an error of its own

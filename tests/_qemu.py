@@ -71,7 +71,7 @@ def artefact(folder: Path, *, cpu: str | None = None) -> Iterator[Run]:
             words = [str(_static_driver(folder, manifest, Path(place)))]
         else:
             memory = "naive" if any(isinstance(d, str) for port in manifest.inputs for d in port.shape) else "pooled"
-            words = [str(_driver()), str(folder / "model.so"), memory]
+            words = [str(_driver()), str(folder / "model.so"), memory, str(folder / _manifest.CONSTANTS)]
         with _process(words, cpu or manifest.cpu) as call:
             yield lambda inputs: _named(manifest, call([np.asarray(inputs[port.name]) for port in manifest.inputs]))
 

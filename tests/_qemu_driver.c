@@ -1,8 +1,9 @@
 /* Runs an ARM artefact again and again: tensors come on stdin, tensors or an error go to stdout.
  *
  * A message is an int32 count and as many tensors: int32 type code, bits, rank; int64 extents; the data. A count of -1
- * means an error: an int32 length and the text. Without STATIC_MODEL the arguments are a model.so for TVM's runtime, and
- * `naive` or `pooled` for its memory; with it, `static_model.h` names the library's header and tables of its tensors.
+ * means an error: an int32 length and the text. Without STATIC_MODEL the arguments are a model.so for TVM's runtime,
+ * `naive` or `pooled` for its memory, and the file of main's constants, if it takes any; with STATIC_MODEL,
+ * `static_model.h` names the library's header and tables of its tensors.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -125,6 +126,64 @@ static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) {
   return call(global("ffi.ModuleGetFunction"), arguments, 3).v_obj;
 }
 
+static void release(DLManagedTensor *tensor) {
+  free(tensor->dl_tensor.data);
+  free(tensor->dl_tensor.shape);
+  free(tensor);
+}
+
+static TVMFFIAny of_tensor(DLTensor tensor, void (*deleter)(DLManagedTensor *)) {
+  DLManagedTensor *managed = calloc(1, sizeof *managed);
+  TVMFFIAny made = {.type_index = kTVMFFITensor};
+  managed->dl_tensor = tensor;
+  managed->deleter = deleter;
+  if (TVMFFITensorFromDLPack(managed, 64, 1, (TVMFFIObjectHandle *)&made.v_obj)) exit(7);
+  return made;
+}
+
+static int32_t count_of(TVMFFIAny array) { return (int32_t)call(array_size, &array, 1).v_int64; }
+
+static TVMFFIAny item(TVMFFIAny array, int64_t k) {
+  TVMFFIAny where[] = {array, of_number(k)};
+  return call(array_item, where, 2);
+}
+
+static TVMFFIShapeCell shape_of(TVMFFIAny shape) {
+  return *(TVMFFIShapeCell *)((char *)shape.v_obj + sizeof(TVMFFIObject));
+}
+
+/* A row of the function `constants`: type, shape, offset into the file. */
+static TVMFFIAny constant(TVMFFIAny row, char *memory) {
+  TVMFFIAny type = item(row, 0);
+  TVMFFIByteArray text = {type.v_bytes, type.small_str_len};
+  if (type.type_index == kTVMFFIStr) text = *(TVMFFIByteArray *)((char *)type.v_obj + sizeof(TVMFFIObject));
+  TVMFFIShapeCell shape = shape_of(item(row, 1));
+  DLTensor tensor = {.device = {kDLCPU, 0}, .ndim = (int32_t)shape.size, .shape = (int64_t *)shape.data};
+  if (TVMFFIDataTypeFromString(&text, &tensor.dtype)) exit(8);
+  tensor.data = memory + shape_of(item(row, 2)).data[0];
+  return of_tensor(tensor, 0);
+}
+
+static TVMFFIObjectHandle bound(TVMFFIAny machine, const char *path) {
+  FILE *file = fopen(path, "rb");
+  if (!file || fseek(file, 0, SEEK_END)) exit(9);
+  size_t size = (size_t)ftell(file);
+  rewind(file);
+  char *memory = place(size);
+  if (fread(memory, 1, size, file) != size) exit(9);
+  fclose(file);
+  TVMFFIAny rows = call(method(machine, "constants"), 0, 0), places = call(method(machine, "places"), 0, 0);
+  int32_t given = count_of(rows), made = count_of(places), count = 0;
+  TVMFFIAny *arguments = calloc((size_t)(3 + given + made), sizeof *arguments);
+  arguments[count++] = of_text("main");
+  arguments[count++] = of_text("bound");
+  arguments[count++] = of_number(1);
+  for (int32_t k = 0; k < given; ++k) arguments[count++] = constant(item(rows, k), memory);
+  for (int32_t k = 0; k < made; ++k) arguments[count++] = item(places, k);
+  call(method(machine, "save_function"), arguments, count);
+  return method(machine, "bound");
+}
+
 static void open_model(char **words) {
   if (!words[1] || !words[2]) exit(2);
   TVMFFIAny file = of_text(words[1]);
@@ -132,26 +191,14 @@ static void open_model(char **words) {
   TVMFFIAny machine = call(method(library, "vm_load_executable"), 0, 0);
   TVMFFIAny arguments[] = {of_number(kDLCPU), of_number(0), of_number(strcmp(words[2], "pooled") ? 1 : 2)};
   call(method(machine, "vm_initialization"), arguments, 3);
-  machine_main = method(machine, "main");
   array_size = global("ffi.ArraySize");
   array_item = global("ffi.ArrayGetItem");
-}
-
-static void release(DLManagedTensor *tensor) {
-  free(tensor->dl_tensor.data);
-  free(tensor->dl_tensor.shape);
-  free(tensor);
+  machine_main = words[3] ? bound(machine, words[3]) : method(machine, "main");
 }
 
 static void run(DLTensor *inputs, int32_t count) {
   TVMFFIAny arguments[MOST];
-  for (int32_t k = 0; k < count; ++k) {
-    DLManagedTensor *managed = calloc(1, sizeof *managed);
-    managed->dl_tensor = inputs[k];
-    managed->deleter = release;
-    arguments[k] = (TVMFFIAny){.type_index = kTVMFFITensor};
-    if (TVMFFITensorFromDLPack(managed, 64, 1, (TVMFFIObjectHandle *)&arguments[k].v_obj)) exit(7);
-  }
+  for (int32_t k = 0; k < count; ++k) arguments[k] = of_tensor(inputs[k], release);
   TVMFFIAny result = {0};
   int failed = TVMFFIFunctionCall(machine_main, arguments, count, &result);
   for (int32_t k = 0; k < count; ++k) TVMFFIObjectDecRef(arguments[k].v_obj);
@@ -159,11 +206,10 @@ static void run(DLTensor *inputs, int32_t count) {
     fail(error_text());
     return;
   }
-  int32_t made = (int32_t)call(array_size, &result, 1).v_int64;
+  int32_t made = count_of(result);
   give(&made, sizeof made);
   for (int32_t k = 0; k < made; ++k) {
-    TVMFFIAny where[] = {result, of_number(k)};
-    TVMFFIAny tensor = call(array_item, where, 2);
+    TVMFFIAny tensor = item(result, k);
     write_tensor((DLTensor *)((char *)tensor.v_obj + sizeof(TVMFFIObject)));
     TVMFFIObjectDecRef(tensor.v_obj);
   }

@@ -50,12 +50,12 @@ def contenders(paths: Sequence[Path], *, threads: int) -> tuple[list[Contender],
         for manifest in sorted(path.glob("*/manifest.json")) if path.is_dir() else ():
             target = manifest.parent.name
             try:
-                artefact = targets.load_artefact(path, target)
+                artefact = targets.load_artefact(path, target, threads=threads)
             except ir.IRError as error:
                 notes.append(f"{path}: artefact {target} is not run: {error}")
                 continue
-            if artefact.manifest.threads != threads:
-                notes.append(f"{path}: artefact {target} was built for {artefact.manifest.threads} threads")
+            if artefact.threads != threads:
+                notes.append(f"{path}: artefact {target} was built for one thread, and runs on one")
             names = frozenset(port.name for port in artefact.inputs)
             found.append(Contender(f"{path} as {target} artefact", artefact.run, names))
     return found, notes

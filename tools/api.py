@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir
 
@@ -14,9 +14,6 @@ from mc_opt import ir, passes, targets
 from mc_opt.passes import Pass, Pipeline, Report
 from mc_opt.targets import Target
 from mc_opt.tools.driver import MODEL, Request, compile_model
-
-if TYPE_CHECKING:
-    from mc_opt.targets import Artefact
 
 
 def capture(
@@ -179,18 +176,6 @@ def _found(model: onnx_ir.Model | str | os.PathLike[str]) -> onnx_ir.Model:
         return model
     path = Path(model)
     return ir.load_model(path / MODEL if path.is_dir() else path, check="structure")
-
-
-def load(out: str | os.PathLike[str], target: str | None = None) -> Artefact:
-    """The built artefact of an output folder, ready to run.
-
-    Loading it executes the native code in the folder: load only what you built or trust.
-
-    Args:
-        out: the output folder.
-        target: which target; the one that this machine runs if None.
-    """
-    return targets.load_artefact(Path(out), target)
 
 
 def to_torch(model: onnx_ir.Model, *, training: bool = False) -> Any:

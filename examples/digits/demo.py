@@ -115,7 +115,9 @@ def main() -> int:
     rows = [
         measure("float, ONNX Runtime", Session(MODEL).run, images, (MODEL,)),
         measure("4 bits, ONNX Runtime", Session(out / "model.onnx").run, images, (out / "model.onnx",)),
-        measure("4 bits, x86 artefact", artefact.run, images, (out / "x86" / "model.so",)),
+        measure(
+            "4 bits, x86 artefact", artefact.run, images, (out / "x86" / "model.so", out / "x86" / "constants.bin")
+        ),
         static_library(out / "model.onnx", images),
     ]
     report(rows, labels, out)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -108,3 +111,84 @@ def test_what_was_not_built(doubled: Path, tmp_path: Path) -> None:
         mc_opt.load(doubled, target="arm")
     with pytest.raises(ir.IRError, match="holds no built target; build one with --target x86"):
         mc_opt.load(tmp_path)
+
+
+def test_constants_are_checked_too(doubled: Path, tmp_path: Path) -> None:
+    for name in ("manifest.json", "model.so"):
+        (tmp_path / name).write_bytes((doubled / "x86" / name).read_bytes())
+    with pytest.raises(ir.IRError, match=r"constants\.bin: missing; build the artefact again"):
+        mc_opt.load(tmp_path)
+    data = (doubled / "x86/constants.bin").read_bytes()
+    (tmp_path / "constants.bin").write_bytes(data + bytes(64))
+    with pytest.raises(ir.IRError, match=r"constants\.bin: differs from the file that was built"):
+        mc_opt.load(tmp_path)
+
+
+ALONE = """
+import sys
+import numpy as np
+import mc_opt
+artefact = mc_opt.load({folder!r})
+assert artefact.run({{"x": np.ones((2, 4), np.float32)}})["y"].tolist() == [[2] * 4] * 2
+print(*sorted({{"onnx", "onnx_ir", "onnxruntime", "torch", "tvm"}} & set(sys.modules)))
+"""
+
+
+def test_loading_imports_the_runtime_alone(doubled: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE.format(folder=str(doubled))], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
+@pytest.mark.torch
+def test_torch_is_hidden_from_one_import_and_thread_alone() -> None:
+    pytest.importorskip("torch")
+    text = (
+        "import sys, threading; from mc_opt.targets import _runtime; found = []\n"
+        "def other():\n    import torch\n    found.append(torch.__name__)\n"
+        "with _runtime._hidden('torch'):\n"
+        "    try:\n        import torch\n    except ModuleNotFoundError:\n        found.append('hidden')\n"
+        "    thread = threading.Thread(target=other); thread.start(); thread.join()\n"
+        "import torch; print(found, len(sys.meta_path))"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.stdout.startswith("['hidden', 'torch']"), done.stderr
+
+
+WIDE = """<ir_version: 10, opset_import: ["": 21]> g (float[256,512] x) => (float[256,512] y)
+    <float[512,512] w> { a = MatMul(x, w) y = MatMul(a, w) }"""
+THREADS = """
+import os, sys, threading
+import numpy as np
+from mc_opt import targets
+from mc_opt.targets import _runtime
+workers = _runtime.load().get_global_func("runtime.NumThreads")
+x = np.random.default_rng(0).standard_normal((256, 512), np.float32)
+artefacts = [targets.load_artefact({folder!r}, threads=n) for n in (None, 1, 2)]
+assert [a.threads for a in artefacts] == [2, 1, 2]
+given = os.sched_getaffinity(0)
+found = []
+def run():
+    for artefact in artefacts:
+        y = artefact.run({{"x": x}})["y"]
+        found.append((workers(), float(abs(y - artefacts[0].run({{"x": x}})["y"]).max())))
+run()
+other = threading.Thread(target=run); other.start(); other.join()
+assert os.sched_getaffinity(0) == given
+print(found)
+"""
+
+
+def test_threads_are_those_of_the_load(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("missing: a second processor")
+    mc_opt.build(model(WIDE), "x86{cpu=x86-64-v3 threads=2}", tmp_path)
+    code = THREADS.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Each run has the pool that its load asked for, in every thread of the caller's; the sums do not depend on it.
+    assert done.stdout == f"{[(2, 0.0), (1, 0.0), (2, 0.0)] * 2}\n", done.stdout + done.stderr
+
+
+def test_threads_of_an_artefact_that_was_built_for_one(doubled: Path) -> None:
+    assert mc_opt.load(doubled, threads=8).threads == 1
+    with pytest.raises(ValueError, match="threads=0: expected 1 or more"):
+        mc_opt.load(doubled, threads=0)

@@ -196,7 +196,7 @@ def test_the_program_for_a_gpu_compiles(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not here: runner.cc was not compiled")
     for shape in ((2, 3), ("batch", 3)):
-        (tmp_path / "runner.cc").write_text(runner((Port("x", shape, "float32"),), (), gpu=True))
+        (tmp_path / "runner.cc").write_text(runner((Port("x", shape, "float32"),), (), _machine.cuda("sm_80")))
         places = [importlib.util.find_spec(name) for name in ("tvm", "tvm_ffi")]
         words = [f"-I{p.submodule_search_locations[0]}/include" for p in places if p and p.submodule_search_locations]
         subprocess.run(["g++", "-std=c++17", "-fsyntax-only", *words, "runner.cc"], cwd=tmp_path, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from mc_opt import ir, targets
+from mc_opt.targets import _c_source, _machine
 from mc_opt.targets._manifest import Port
 from mc_opt.targets._runner import runner
 from tests import _qemu
@@ -31,7 +33,8 @@ agraph (float[2,3] x, int64[4] k) => (float[4,3] rows, float[2] sum, bool[2,3] b
 
 
 def test_ports_are_written_as_types_and_shapes() -> None:
-    text = runner((Port("x", (1, 3), "float32"), Port("k", (), "int64"), Port("m", (2,), "bool")), ())
+    ports = (Port("x", (1, 3), "float32"), Port("k", (), "int64"), Port("m", (2,), "bool"))
+    text = runner(ports, (), _machine.named("x86-64-v3", threads=2))
     assert "{{1, 3}, DLDataType{kDLFloat, 32, 1}}, {{}, DLDataType{kDLInt, 64, 1}}" in text
     assert "{{2}, DLDataType{kDLBool, 8, 1}}" in text
     assert "@" not in text
@@ -60,11 +63,30 @@ def test_the_program_gives_the_numbers_of_onnx_runtime(tmp_path: Path) -> None:
         given = np.fromfile(folder / f"{name}.bin", wanted.dtype).reshape(wanted.shape)
         np.testing.assert_allclose(given, wanted, rtol=1e-6, atol=1e-6)  # fp32 sums in another order
 
+    (folder / "constants.bin").rename(folder / "elsewhere")
+    without = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert without.stderr == "./constants.bin: cannot be read; it belongs beside model.so\n"
+
     short = subprocess.run(["./runner", "model.so"], cwd=folder, capture_output=True, text=True)
     assert short.returncode == 2 and "(2 input files) (3 output files)" in short.stderr
     (folder / "x.bin").write_bytes(b"1")
+    (folder / "elsewhere").rename(folder / "constants.bin")
     wrong = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert wrong.returncode == 1 and "x.bin: expected a file of 24 bytes" in wrong.stderr
+
+
+# A processor is asked for what it cannot have: the bit of a register that means nothing.
+@pytest.mark.slow
+def test_a_processor_without_a_feature_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("missing tool: program g++ is not installed")
+    monkeypatch.setitem(_c_source.CPUID, "invented", (7, 0, 0, 31))
+    machine = dataclasses.replace(_machine.named("x86-64-v3", threads=2), features=("avx2", "invented"))
+    (tmp_path / "runner.cc").write_text(runner((), (), machine))
+    compile_as_it_says(tmp_path)
+    done = subprocess.run(["./runner", "model.so"], cwd=tmp_path, capture_output=True, text=True)
+    expected = "model.so was built for x86-64-v3, and this processor lacks a feature of it; build it again\n"
+    assert (done.returncode, done.stderr) == (1, expected)
 
 
 @pytest.mark.qemu

@@ -27,7 +27,7 @@ _SAMPLES = 8
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of ONNX Runtime; artefacts have theirs.",
+    help="Of ONNX Runtime, and of artefacts built for several; those built for one have one.",
 )
 @click.option(
     "--runs", type=click.IntRange(min=5), default=40, show_default=True, help="Rounds, each through all twice."

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     help="Of --generate: draw from softmax(logits / T); default 0, which takes the likeliest.",
 )
 @click.option(
+    "--threads", type=click.IntRange(min=1), help="Of ONNX Runtime (default 1), or of an artefact built for several."
+)
+@click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz, first axis = samples."
 )
 @_console.common_options
@@ -49,12 +52,13 @@ def command(
     text: str | None,
     tokens: int | None,
     temperature: float | None,
+    threads: int | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Run the artefact in DIR, or an ONNX model in ONNX Runtime; running an artefact executes native code."""
     if text is not None:
-        _check_alone({"--data": data_path, "--state": states, "--output": output})
+        _check_alone({"--data": data_path, "--state": states, "--threads": threads, "--output": output})
         _generate(model, target, text, tokens or 64, temperature=temperature or 0.0, seed=seed, as_json=as_json)
         return
     if tokens is not None or temperature is not None:
@@ -72,7 +76,7 @@ def command(
         click.echo("warning: no --data: one seeded random sample; its numbers mean little", err=True)
     else:
         data = ir.load_data(data_path, source, states=carried)
-    name, run = _runner(model, onnx_file, target)
+    name, run = _runner(model, onnx_file, target, threads)
     columns: dict[str, list[Any]] = {}
     right: list[bool | None] = []
     state: dict[str, np.ndarray] = {}
@@ -138,16 +142,18 @@ def _generate(
     )
 
 
-def _runner(model: Path, onnx_file: Path, target: str | None) -> tuple[str, Any]:
+def _runner(model: Path, onnx_file: Path, target: str | None, threads: int | None) -> tuple[str, Any]:
     """What runs a sample, and its name: the artefact of a folder, or ONNX Runtime."""
     from mc_opt import ir, targets
 
     artefacts = sorted(p.parent.name for p in model.glob("*/manifest.json")) if model.is_dir() else []
     if target == "onnx" or (target is None and not artefacts):
-        return "ONNX Runtime", ir.Session(onnx_file).run
+        return "ONNX Runtime", ir.Session(onnx_file, threads=threads or 1).run
     if target is not None and target not in artefacts:
         raise ir.OptionError(f"{model}: {ir.unknown('artefact', target, [*artefacts, 'onnx'])}")
-    artefact = targets.load_artefact(model, target)
+    artefact = targets.load_artefact(model, target, threads=threads)
+    if threads not in (None, artefact.threads):
+        click.echo("warning: --threads: the artefact was built for one thread, and runs on one", err=True)
     return f"artefact {target or 'of ' + str(model)}", artefact.run
 
 

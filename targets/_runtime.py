@@ -1,0 +1,164 @@
+"""TVM's runtime by itself: no compiler, no Python package `tvm`, no torch; they take nine tenths of a small process."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import math
+import mmap
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# TVM's kernels load whole vectors from the beginning of a tensor.
+_ALIGNMENT = 64
+_HUGE_PAGE = 2 << 20
+_CPU, _NAIVE, _POOLED = 1, 1, 2
+# A pool of as many threads as are asked for, which may run on all of the cores given.
+_SHARE_ALL_CORES = -3
+
+
+class Processor:
+    """TVM's virtual machine on the processor, with a library that mc-opt built and its constants."""
+
+    def __init__(self, path: Path, constants: np.ndarray, *, threads: int | None, pooled: bool) -> None:
+        """Load a library.
+
+        Args:
+            path: the library.
+            constants: the bytes that its function `constants` tells the meaning of; aligned.
+            threads: how many run its parallel loops; None when it has none.
+            pooled: whether memory of a run is kept for the next.
+        """
+        self._ffi = load()
+        self._cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+        self._threads = threads
+        self._configure = self._ffi.get_global_func("runtime.config_threadpool")
+        machine = open_library(path)["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
+        given = [self._ffi.from_dlpack(array) for array in _views(machine["constants"](), constants)]
+        machine["save_function"]("main", "bound", 1, *given, *machine["places"]())
+        self._machine = machine
+        self._main = machine["bound"]
+
+    def call(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The outputs for tensors in the order of the inputs; one call at a time."""
+        if self._threads is not None:  # every thread of the caller's has a pool of its own, which other artefacts share
+            self._configure(_SHARE_ALL_CORES, self._threads, self._cores)
+        found: Sequence[Any] = self._main(*tensors)
+        return found
+
+    def instrument(self, function: Any) -> None:
+        """Let `function(function, name, is before, result, *arguments)` be called around every call of a run."""
+        self._machine["set_instrument"](function)
+
+    def place(self, array: np.ndarray) -> Any:
+        """A copy of an array as a tensor."""
+        copy = aligned(array.shape, array.dtype)
+        np.copyto(copy, array)
+        return self.tensor(copy)
+
+    def tensor(self, memory: np.ndarray) -> Any:
+        """A tensor in the memory of an aligned array."""
+        return self._ffi.from_dlpack(memory)
+
+    def fetch(self, tensor: Any) -> np.ndarray:
+        """A copy of a tensor as an array; the memory of the tensor goes back to the virtual machine."""
+        return np.array(np.from_dlpack(tensor))
+
+
+def load() -> Any:
+    """The package tvm_ffi, with TVM's runtime loaded behind it."""
+    with _hidden("torch"):
+        ffi = importlib.import_module("tvm_ffi")
+    found = importlib.util.find_spec("tvm")
+    assert found is not None and found.submodule_search_locations  # whoever asks has its version
+    place = Path(found.submodule_search_locations[0], "lib", "libtvm_runtime.so")
+    ctypes.CDLL(str(place), mode=ctypes.RTLD_GLOBAL)
+    return ffi
+
+
+def open_library(path: Path) -> Any:
+    """The library at `path` as it is now: the loader knows libraries by name, and would give an earlier build."""
+    with tempfile.TemporaryDirectory(prefix="mc-opt-") as folder:
+        link = Path(folder, "model.so")
+        link.symlink_to(path.resolve())
+        return load().load_module(link)  # tvm's own would follow the link first
+
+
+def aligned(shape: Sequence[Any], dtype: np.dtype[Any]) -> np.ndarray:
+    """Memory for an array, aligned as TVM asks it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def read(path: Path) -> np.ndarray:
+    """The bytes of a file, [n], in memory of its own: aligned, and in huge pages where that is worth it.
+
+    Constants beyond the caches are read 3 to 7 % faster so than from the usual pages, or from a mapped file: there are
+    fewer addresses to translate.
+    """
+    size = path.stat().st_size
+    memory = _huge(size) if size >= _HUGE_PAGE else aligned((size,), np.dtype(np.uint8))
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < size and (count := file.readinto(memory[done:].data)):
+            done += count
+    return memory[:done]
+
+
+def _huge(size: int) -> np.ndarray:
+    block = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        block.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(block, np.uint8)
+    start = -memory.ctypes.data % _HUGE_PAGE
+    return memory[start : start + size]
+
+
+def _views(rows: Sequence[Any], memory: np.ndarray) -> Iterator[np.ndarray]:
+    """The constants in `memory`, from rows of (type, shape, offset)."""
+    for kind, shape, (offset,) in rows:
+        dtype = np.dtype(str(kind))
+        size = math.prod(shape) * dtype.itemsize
+        yield memory[offset : offset + size].view(dtype).reshape(tuple(shape))
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """What this thread imports does not find a package, unless it is there already.
+
+    tvm_ffi imports torch wherever it is installed, for its tensors: seconds and 200 MB, for which we have no use.
+    """
+    if package in sys.modules:
+        yield
+        return
+    finder = _Without(package)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Without:
+    """An importer that finds nothing, and keeps those behind it from finding one package for one thread."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._thread = threading.get_ident()
+
+    def find_spec(self, name: str, _path: Any = None, _target: Any = None) -> None:
+        """Refuse the package; leave all others to the next importer."""
+        if name == self._package and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
