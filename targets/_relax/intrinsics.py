@@ -14,6 +14,7 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
 
+from mc_opt.targets._relax import subnormals
 from mc_opt.targets.kernels import _math
 
 Expr = Any
@@ -43,7 +44,7 @@ def register() -> None:
 def _pipeline() -> tuple[Any, ...]:
     """TVM's own way from schedules to LLVM, and our functions beside the kernels."""
     passes, *finalizers = s_tir.pipeline.default_s_tir_pipeline()
-    functions = tvm.transform.module_pass(lambda module, _: with_functions(module), opt_level=0)
+    functions = tvm.transform.module_pass(lambda module, _: with_functions(flushed(module)), opt_level=0)
     return tvm.transform.Sequential([passes, functions]), *finalizers
 
 
@@ -100,6 +101,12 @@ _DOUBLE: dict[str, Callable[[Expr], Expr]] = {
 }
 
 
+def flushed(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with kernels that take subnormal numbers for zero."""
+    functions = {v: subnormals.flushed(f) if isinstance(f, tirx.PrimFunc) else f for v, f in module.functions.items()}
+    return tvm.IRModule(functions, attrs=module.attrs)
+
+
 def with_functions(module: tvm.IRModule) -> tvm.IRModule:
     """The module with the functions' LLVM text attached to its first kernel; LLVM drops what is not called."""
     kernels = {v: f for v, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
@@ -107,7 +114,8 @@ def with_functions(module: tvm.IRModule) -> tvm.IRModule:
         return module
     first = min(kernels, key=lambda v: str(v.name_hint))
     function = kernels[first]
-    body = tirx.AttrStmt(tvm.ir.StringImm(""), "pragma_import_llvm", tvm.ir.StringImm(llvm_text()), function.body)
+    text = llvm_text() + subnormals.llvm_text(str(function.attrs["target"].attrs["mtriple"]))
+    body = tirx.AttrStmt(tvm.ir.StringImm(""), "pragma_import_llvm", tvm.ir.StringImm(text), function.body)
     module = tvm.IRModule(dict(module.functions), attrs=module.attrs)
     module[first] = function.with_body(body)
     return module
