@@ -43,6 +43,11 @@ class Running:
         self.extents["f1"] //= group
         self.order = self.real(["g", *(f"c{k}" for k in numbers)])
 
+    @property
+    def dtype(self) -> str:
+        """The type of its elements."""
+        return str(self._held.ty.dtype)
+
     def real(self, names: Sequence[str]) -> tuple[str, ...]:
         """The dimensions that are longer than 1."""
         return tuple(name for name in names if self.extents[name] > 1)

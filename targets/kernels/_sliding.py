@@ -22,6 +22,7 @@ from mc_opt.targets.kernels import _loops, _window
 from mc_opt.targets.kernels._expressions import Expr
 from mc_opt.targets.kernels._nest import Nest, read_sums
 from mc_opt.targets.kernels._sliding_dense import Dense
+from mc_opt.targets.kernels._sliding_spread import Spread
 
 # Windows of at most so many taps are written out where no tap can be padding.
 _UNROLLED_TAPS = 32
@@ -32,7 +33,8 @@ def written(function: Any, block: Any, consumer: Any | None, machine: Machine) -
     window = _window.read(block.annotations)
     assert window is not None
     sums = read_sums(block, consumer)
-    nest = Channelwise(sums, window, machine) if window.channelwise else Dense(sums, window, machine)
+    kind = Channelwise if window.channelwise else Spread if window.behind > 1 else Dense
+    nest = kind(sums, window, machine)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         nest.write()
     return function.with_body(builder.get().body)

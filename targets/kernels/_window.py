@@ -72,6 +72,7 @@ class Sliding:
         high: rows of positions of a tile; 0 leaves it to the rule.
         wide: positions of a row of a tile; 0 leaves it to the rule.
         shape: what a table of measured tiles calls it; empty where there is nothing to choose.
+        behind: neighbouring channels that are multiplied alike, v of A ⊗ I_v; 1 for a weight that is dense.
     """
 
     columns: int
@@ -81,12 +82,13 @@ class Sliding:
     high: int = 0
     wide: int = 0
     shape: str = ""
+    behind: int = 1
 
     def annotation(self, machine: Machine) -> dict[str, Any]:
         """The block annotations, which survives fusion; none for a GPU, whose kernels take in what pads and moves."""
         if machine.kind == "cuda":
             return {}
-        numbers = [self.columns, self.vector, int(self.channelwise), self.high, self.wide]
+        numbers = [self.columns, self.vector, int(self.channelwise), self.high, self.wide, self.behind]
         for axis in self.axes:
             numbers += dataclasses.astuple(axis)
         return {_ANNOTATION: numbers, **_choice.annotation(self.shape)}
@@ -96,9 +98,9 @@ def read(annotations: Any) -> Sliding | None:
     """The window of a block's annotations; None where there is none."""
     if _ANNOTATION not in annotations:
         return None
-    columns, vector, channelwise, high, wide, *rest = (int(v) for v in annotations[_ANNOTATION])
+    columns, vector, channelwise, high, wide, behind, *rest = (int(v) for v in annotations[_ANNOTATION])
     axes = tuple(Axis(*rest[k : k + 5]) for k in range(0, len(rest), 5))
-    return Sliding(columns, vector, bool(channelwise), axes, high, wide)
+    return Sliding(columns, vector, bool(channelwise), axes, high, wide, behind=behind)
 
 
 def channelwise_width(positions: int, machine: Machine) -> int:

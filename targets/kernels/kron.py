@@ -3,7 +3,8 @@
 Between stages the channel axis is a list of dimensions, slowest first: the input channels c_1 .. c_k that are still to
 be summed, the live rank indices, the output channels f_(k+1) .. f_S made so far. A stage of factor k sums over c_k and
 the ranks that end with it. What stands before these is only more positions of a product or convolution; what stands
-behind them goes into vectors (`kron_left`). Only where neither fits are dimensions moved.
+behind them goes into vectors (`kron_left`), a few at a time beside others (`kron_spread`). Only where neither fits are
+dimensions moved.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from mc_opt import ir
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _decode, _weights, conv, gemm, kron_left
+from mc_opt.targets.kernels import _decode, _weights, conv, gemm, kron_left, kron_spread
 from mc_opt.targets.kernels._kron_chain import Order, Place, Running, order_of
 from mc_opt.targets.kernels.kron_left import Block
 
 # A number that is read, moved and written in a transposition takes as long as so many of a vector's multiply-adds.
 _MOVE = 16
+# Rows that are worth a tile.
+_FEW = 4
+_POINT = conv.Window((1,), (1,), (1,), ((0, 0),))
 
 Bias: TypeAlias = np.ndarray | relax.Expr | None
 
@@ -51,14 +55,6 @@ class Step:
         """What it does not sum over."""
         return (*self.place.before, *self.place.behind)
 
-    @property
-    def is_product(self) -> bool:
-        """Whether every position is read once, where it stands, by all outputs."""
-        window = self.window
-        return (
-            not self.place.groups and set(window.kernel) | set(window.strides) <= {1} and not any(map(any, window.pads))
-        )
-
 
 def sekron_conv(e: Emitter, node: onnx_ir.Node) -> None:
     """SeKronConv as one convolution or product a factor."""
@@ -68,8 +64,9 @@ def sekron_conv(e: Emitter, node: onnx_ir.Node) -> None:
     lists = {name: tuple(e.attribute(node, name, ())) for name in ("strides", "dilations", "pads")}
     given = ir.stage_windows(chain, lists["strides"], lists["dilations"], lists["pads"])
     windows = [_window(chain, lists if own is None else own, k + 1) for k, own in enumerate(given)]
-    windows = _padded_early(chain, windows)
-    running = Running(e, e.nhwc(x), chain, group=int(e.attribute(node, "group", 1)))
+    group = int(e.attribute(node, "group", 1))
+    windows = _padded_early(chain, windows, e.shape(x)[2:], group)
+    running = Running(e, e.nhwc(x), chain, group=group)
     e.set(node.outputs[0], _run(running, factors, windows, bias), "nhwc")
 
 
@@ -101,21 +98,37 @@ def _window(chain: ir.Chain, given: dict[str, tuple[int, ...]], factor: int) -> 
     )
 
 
-def _padded_early(chain: ir.Chain, windows: Sequence[conv.Window]) -> list[conv.Window]:
-    """Pads moved to the stage that reads the fewest channels: until the first taps, what is zero stays zero."""
+def _padded_early(
+    chain: ir.Chain, windows: Sequence[conv.Window], area: Sequence[Dim], group: int
+) -> list[conv.Window]:
+    """Pads moved to the stage where they cost least: until the first taps, what is zero stays zero.
+
+    Stages from there to the first taps run at the padded positions too; a depthwise one steps over its own padding.
+    """
     stages = chain.stages()
-    read = [_channels(chain, stage) for stage in stages]
+    positions = [dims.nominal(d) for d in area]
+    products = chain.multiplications()
     result = list(windows)
     for axis in range(chain.spatial):
-        for now, stage in enumerate(stages):
-            first = min(range(now + 1), key=lambda k: (read[k], -k))
-            home, owner = stages[first].factor - 1, stage.factor - 1
-            pads = result[owner].pads[axis]
-            if any(pads) and read[first] * 2 <= read[now]:
-                result[owner] = _with_pads(result[owner], axis, (0, 0))
-                result[home] = _with_pads(result[home], axis, pads)
-                break
+        now = next((n for n, stage in enumerate(stages) if any(windows[stage.factor - 1].pads[axis])), 0)
+        owner = stages[now].factor - 1
+        pads = windows[owner].pads[axis]
+        beside = math.prod(positions) // positions[axis]
+        cost = {}
+        for first in range(now + 1):
+            numbers = 0 if _is_depthwise(chain, stages[first], group) else _channels(chain, stages[first])
+            copied = numbers * beside * (positions[axis] + sum(pads)) * _MOVE
+            cost[first] = copied + sum(products[first:now]) * beside * sum(pads)
+        home = stages[min(cost, key=lambda n: (cost[n], -n))].factor - 1
+        result[owner] = _with_pads(result[owner], axis, (0, 0))
+        result[home] = _with_pads(result[home], axis, pads)
     return result
+
+
+def _is_depthwise(chain: ir.Chain, stage: ir.Stage, group: int) -> bool:
+    """Whether each output channel of a stage reads one input channel."""
+    groups = math.prod(chain.rank(r) for r in stage.grouped) * (group if stage.factor == 1 else 1)
+    return groups > 1 and chain.inputs(stage.factor) * math.prod(chain.rank(r) for r in stage.summed) == 1
 
 
 def _channels(chain: ir.Chain, stage: ir.Stage) -> int:
@@ -146,24 +159,30 @@ def _run(
         factor, place, last = factors[stage.factor - 1], running.place(stage), stage is stages[-1]
         assert factor is not None
         step = Step(place, factor, order_of(chain, stage, place), windows[stage.factor - 1])
-        block = _left(running, step)
-        if block is None:
+        behind = _spread(running, step)
+        block = None if behind else _left(running, step)
+        if behind:
+            after = (*place.before, *place.made, *place.behind)
+        elif block is None:
             running.arrange(step.moved)
             after = (*step.kept, *place.groups, *place.made)
         else:
             after = (*block.kept, *place.groups, *place.made, *block.lanes)
         added: Bias = None
         # Only a product from the left writes all channels of a position at once where some are kept.
-        if pending is not None and last and after == final and (block is not None or not step.kept):
+        apart = () if block else place.before if behind else step.kept
+        if pending is not None and last and after == final and not apart:
             array = e.constant(pending)
             added, pending = (e.plain(pending) if array is None else array), None
         positions = running.positions
-        if block is not None:
+        if behind:
+            y, positions = _multiply_spread(running, step, behind, added)
+        elif block is not None:
             y, positions = _multiply_left(running, step, block, added)
-        elif chain.spatial and (last or not step.is_product):
+        elif chain.spatial:
             y, positions = _convolve(running, step, added)
-        elif place.groups:
-            y = _multiply_groups(running, step, added)
+        elif place.groups or (dims.is_static(running.positions) and e.machine.kind != "cuda"):
+            y = _multiply_rows(running, step, added)
         else:
             y = _multiply(running, step, added)
         running.set(y, positions, after)
@@ -174,6 +193,49 @@ def _run(
 
 def _plus(y: te.Tensor, bias: te.Tensor) -> te.Tensor:
     return te.compute(y.shape, lambda *i: y(*i) + bias(i[-1]), name="bias")
+
+
+def _spread(running: Running, step: Step) -> int:
+    """How many channels a product with blocks of a few keeps behind those that it multiplies; 0 for another kernel."""
+    e, place = running.e, step.place
+    behind = running.size(place.behind)
+    if place.groups or running.order != (*place.before, *place.summed, *place.behind):
+        return 0
+    if not kron_spread.takes(behind, running.dtype, e.machine):
+        return 0
+    if not running.chain.spatial and not dims.is_static(running.positions) and running.size(place.before) < _FEW:
+        return 0  # open rows do not make a tile
+    return behind if _spread_weight(running, step, behind) is not None else 0
+
+
+def _spread_weight(running: Running, step: Step, behind: int) -> conv.Weight | None:
+    rows, *rest = step.order.shape
+    deep = [1] if running.chain.spatial and running.size(step.place.before) > 1 else []
+    shape = (rows * behind, *rest, *(deep if running.chain.spatial else [1]))
+    return conv.constant_weight(
+        running.e, step.factor, shape, lambda factor: kron_spread.repeated(step.order(factor), behind).reshape(shape)
+    )
+
+
+def _multiply_spread(running: Running, step: Step, behind: int, bias: Bias) -> tuple[relax.Expr, list[Dim]]:
+    """What stands before the stage's channels is one more axis of positions."""
+    e, place, window = running.e, step.place, step.window
+    weight, kept = _spread_weight(running, step, behind), running.size(place.before)
+    assert weight is not None  # `_spread` saw to it
+    if not running.chain.spatial:
+        view, window = _pictures(running, kept, (*place.summed, *place.behind), is_one=True), _POINT
+    else:
+        channels = running.size((*place.summed, *place.behind))
+        view = running.view([*running.positions, *([kept] if kept > 1 else []), channels])
+        if kept > 1:
+            window = _deep(window)
+    y = kron_spread.product(e, view, weight, behind, _expr(e, bias), window=window)
+    return y, dims.sizes(y)[: len(running.positions)] if running.chain.spatial else running.positions
+
+
+def _deep(w: conv.Window) -> conv.Window:
+    """The window with one more axis, along which nothing slides."""
+    return conv.Window((*w.kernel, 1), (*w.strides, 1), (*w.dilations, 1), (*w.pads, (0, 0)))
 
 
 def _left(running: Running, step: Step) -> Block | None:
@@ -225,10 +287,10 @@ def _multiply_left(running: Running, step: Step, block: Block, bias: Bias) -> tu
 
 
 def _multiply(running: Running, step: Step, bias: Bias) -> relax.Expr:
-    """Rows are positions and all dimensions that the stage does not sum over."""
+    """Rows are positions, open ones or a GPU's, and all dimensions that the stage does not sum over."""
     e, order = running.e, step.order
     columns, depth = order.shape[:2]
-    lead, rows = _rows(running.positions, running.size(step.kept), flat=running.chain.spatial > 0)
+    lead, rows = _rows(running.positions, running.size(step.kept))
     a = running.view([*lead, rows, depth])
     tile = gemm.tile_for(rows, columns, e)
 
@@ -242,8 +304,8 @@ def _multiply(running: Running, step: Step, bias: Bias) -> relax.Expr:
     return gemm.product(e, a, b, _expr(e, bias), tile=tile, columns=columns)
 
 
-def _rows(positions: Sequence[Dim], kept: int, *, flat: bool) -> tuple[list[Dim], Dim]:
-    """Positions, `kept` times each, as rows of a product, and what leads them; all rows in one axis if `flat`.
+def _rows(positions: Sequence[Dim], kept: int) -> tuple[list[Dim], Dim]:
+    """Positions, `kept` times each, as rows of a product, and what leads them.
 
     Open positions and others are not multiplied: that tiles cover a multiple of an open number cannot be proven.
     """
@@ -251,7 +313,7 @@ def _rows(positions: Sequence[Dim], kept: int, *, flat: bool) -> tuple[list[Dim]
     if not isinstance(last, int):
         return (lead, last) if kept == 1 else ([*positions], kept)
     first = max((k + 1 for k, p in enumerate(lead) if not isinstance(p, int)), default=0)
-    if flat or last * kept < 4:
+    if last * kept < _FEW:
         return lead[:first], math.prod(lead[first:]) * last * kept
     return lead, last * kept
 
@@ -262,8 +324,7 @@ def _convolve(running: Running, step: Step, bias: Bias) -> tuple[relax.Expr, lis
     kept, channels = running.size(step.kept), running.size((*place.groups, *place.summed))
     deep = kept > 1
     if deep:
-        window = conv.Window((*window.kernel, 1), (*window.strides, 1), (*window.dilations, 1), (*window.pads, (0, 0)))
-        shape = (*shape, 1)
+        window, shape = _deep(window), (*shape, 1)
     view = running.view([*running.positions, *([kept] if deep else []), channels])
     y = conv.convolution(
         e, view, _weight(e, step, shape), bias, window=window, groups=running.size(place.groups), name="kron"
@@ -271,14 +332,19 @@ def _convolve(running: Running, step: Step, bias: Bias) -> tuple[relax.Expr, lis
     return y, dims.sizes(y)[: len(running.positions)]
 
 
-def _multiply_groups(running: Running, step: Step, bias: Bias) -> relax.Expr:
-    """A product with a matrix a group: a convolution of which every row is a picture."""
+def _multiply_rows(running: Running, step: Step, bias: Bias) -> relax.Expr:
+    """A product as a convolution without taps: of all rows, or, with a matrix a group, of every row as a picture."""
     e, place = running.e, step.place
-    channels = running.size((*place.groups, *place.summed))
-    view = running.view([dims.product(running.positions), running.size(step.kept), channels])
+    view = _pictures(running, running.size(step.kept), (*place.groups, *place.summed), is_one=not place.groups)
     weight = _weight(e, step, (*step.order.shape, 1))
-    window = conv.Window((1,), (1,), (1,), ((0, 0),))
-    return conv.convolution(e, view, weight, bias, window=window, groups=running.size(place.groups), name="kron")
+    return conv.convolution(e, view, weight, bias, window=_POINT, groups=running.size(place.groups), name="kron")
+
+
+def _pictures(running: Running, kept: int, channels: Sequence[str], *, is_one: bool) -> relax.Expr:
+    """Rows of `kept` positions as pictures of one axis; all in one if it is wanted and their number is known."""
+    count, depth = dims.product(running.positions), running.size(channels)
+    is_one = is_one and isinstance(count, int)
+    return running.view([1, count * kept, depth] if is_one else [count, kept, depth])
 
 
 def _weight(e: Emitter, step: Step, shape: Sequence[int]) -> conv.Weight:

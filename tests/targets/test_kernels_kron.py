@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mc_opt import ir
 from tests.targets._kernels import check, normal
@@ -19,9 +22,9 @@ SAMPLES = {(op, name): sample for op in ("SeKronConv", "KronLinear") for name, s
 FEW = [("SeKronConv", "gkpd-bias"), ("SeKronConv", "free"), ("KronLinear", "gkpd-bias"), ("KronLinear", "free")]
 
 
-def _text(key, *, lead=(), factors=(), nodes="", tail="y = Relu(c)"):
+def _text(key, *, lead=(), factors=(), nodes="", tail="y = Relu(c)", sample=None):
     """The text of a sample and its weights; `lead` replaces the first sizes of x, `factors` and `nodes` its factors."""
-    sample = SAMPLES[key]
+    sample = sample or SAMPLES[key]
     x, bias, *arrays = sample.inputs
     names = ["bias" if bias is not None else "", *(factors or (f"f{k}" for k in range(len(arrays))))]
     attributes = ", ".join(f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in sample.attributes.items())
@@ -92,3 +95,74 @@ def test_factors_that_the_model_computes(key):
     nodes = " ".join(f"w{k} = mc_opt.AddSparse(f{k}, at{k}, v{k})" for k in range(len(arrays)))
     text, rest = _text(key, factors=factors, nodes=nodes)
     check(text, at | added | rest | {f"f{k}": a for k, a in enumerate(arrays)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A chain of two factors of one rank index: channels of both, taps of the first or second, sizes of the input."""
+
+    rank: int
+    outputs: tuple[int, int]
+    inputs: tuple[int, int]
+    taps: tuple[int, int] = (1, 1)
+    stride: int = 1
+    size: tuple[int, ...] = (7, 9)
+    bias: bool = False
+
+    def sample(self):
+        rng = np.random.default_rng(5)
+        n = len(self.size)
+        count = self.rank * math.prod(self.inputs) * math.prod(self.taps) ** n
+        factors = [
+            (rng.standard_normal((self.rank, f, c, *[k] * (n if n > 1 else 0))) * count**-0.25).astype(np.float32)
+            for f, c, k in zip(self.outputs, self.inputs, self.taps, strict=True)
+        ]
+        channels, pad = math.prod(self.inputs), math.prod(self.taps) // 2
+        shape = (2, channels, *self.size) if n > 1 else (*self.size, channels)
+        bias = normal(math.prod(self.outputs), seed=1) if self.bias else None
+        window = {"strides": (self.stride,) * n, "dilations": (1,) * n, "pads": (pad,) * 2 * n, "group": 1}
+        x = rng.standard_normal(shape).astype(np.float32)
+        return ir.Example("drawn", (x, bias, *factors), window if n > 1 else {})
+
+
+# Second factors of 2, 4 and 8 outputs stay in vectors with the first's; of 3 and 16 they do not.
+BLOCKS = {
+    "few-positions": Drawn(5, (3, 4), (1, 8), size=(2, 2)),
+    "tails": Drawn(3, (37, 4), (1, 8), bias=True),
+    "channels-before": Drawn(4, (6, 8), (3, 4), (1, 3), bias=True),
+    "taps-behind": Drawn(4, (20, 2), (3, 4), (3, 1), stride=2),
+    "panels": Drawn(40, (96, 4), (4, 2)),
+    "no-block": Drawn(4, (6, 3), (2, 4)),
+    "whole-vectors": Drawn(4, (6, 16), (2, 4)),
+    "rows": Drawn(6, (25, 4), (2, 8), size=(19,), bias=True),
+    "one-row": Drawn(6, (5, 8), (2, 8), size=(1,)),
+}
+
+
+def _drawn(drawn, cpu):
+    sample = drawn.sample()
+    check(*_text(("SeKronConv" if len(drawn.size) > 1 else "KronLinear", ""), sample=sample), cpu=cpu)
+
+
+@pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
+@pytest.mark.parametrize("drawn", BLOCKS.values(), ids=list(BLOCKS))
+def test_blocks_of_a_few_channels(drawn, cpu):
+    _drawn(drawn, cpu)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    drawn=st.builds(
+        Drawn,
+        rank=st.integers(1, 40),
+        outputs=st.tuples(st.integers(1, 40), st.sampled_from([1, 2, 3, 4, 8, 12, 16, 32])),
+        inputs=st.tuples(st.integers(1, 6), st.integers(1, 20)),
+        taps=st.sampled_from([(1, 1), (1, 3), (3, 1)]),
+        stride=st.sampled_from([1, 2]),
+        size=st.one_of(st.tuples(st.integers(1, 70)), st.tuples(st.integers(1, 13), st.integers(1, 13))),
+        bias=st.booleans(),
+    ),
+    cpu=st.sampled_from(["native", "x86-64-v3"]),
+)
+def test_chains_of_any_shape(drawn, cpu):
+    _drawn(drawn, cpu)
