@@ -6,6 +6,7 @@ in the kernels before they are scheduled, in a lowering of the same model: the s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from benchmarks import _speed_ports as ports
 from benchmarks._speed_machine import Limits
 from mc_opt import ir
 from mc_opt.targets import _build, _machine, _manifest, _runtime
+from mc_opt.targets._machine import Activations
 from mc_opt.targets._relax import lower
 
 _RUNS = 20
@@ -28,9 +30,17 @@ _ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min)
 _OPERANDS = ("a", "b", "value", "true_value", "false_value", "body", "args")
 
 
-def profile(source: Path, recipe: str, folder: Path, sample: dict[str, np.ndarray], limits: Limits) -> dict[str, Any]:
+def profile(
+    source: Path,
+    recipe: str,
+    folder: Path,
+    sample: dict[str, np.ndarray],
+    limits: Limits,
+    *,
+    activations: Activations = "float32",
+) -> dict[str, Any]:
     """Milliseconds of a run and of its kernels, longest first, with their work and limits."""
-    counted = work(source, recipe)
+    counted = work(source, recipe, activations)
     artefact = mc_opt.load(folder)
     calls, total = _times(artefact, sample)
     cpu = artefact.manifest.cpu
@@ -105,12 +115,12 @@ def _times(artefact: Any, sample: dict[str, np.ndarray]) -> tuple[dict[str, list
 # --- work ---------------------------------------------------------------------------------------
 
 
-def work(source: Path, recipe: str) -> dict[str, dict[str, float]]:
+def work(source: Path, recipe: str, activations: Activations = "float32") -> dict[str, dict[str, float]]:
     """By the kernel's name: floating-point operations, and bytes of its constants and of its other operands."""
     model = ir.load_model(source)
     if recipe:
         model, _ = mc_opt.compress(model, recipe, check="structure")
-    machine = _machine.native()
+    machine = dataclasses.replace(_machine.native(), activations=activations)
     lowered = lower.lower(model, machine, lambda *_: None)
     with _build.target_of(machine):
         module = _build.fuse(lowered.module)

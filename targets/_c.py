@@ -27,7 +27,7 @@ from mc_opt.targets._relax import intrinsics
 Step = Callable[[str], AbstractContextManager[None]]
 
 # What objects may ask of a C library and of the compiler's own; anything else would not link without a runtime.
-_LIBC = frozenset({"memcpy", "memmove", "memset", "memcmp", "__tls_get_addr", "getauxval"})
+_LIBC = frozenset({"memcpy", "memmove", "memset", "memcmp", "__tls_get_addr", "getauxval", "syscall"})
 _MATHS = """
 acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma fmax
 fmin fmod hypot ldexp llrint llround log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint round

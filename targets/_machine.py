@@ -71,6 +71,8 @@ _NAMES = {
     },
     "AuthenticAMD": {"znver4": _ZEN4, "znver3": _V3},
 }
+# What an operating system grants to a process that asks; kernels do so as they run, and do without where it refuses.
+_REQUESTED = {"sapphirerapids": ("amx-int8", "amx-tile")}
 _X86 = _LEVELS | {cpu: features for names in _NAMES.values() for cpu, features in names.items()}
 
 _A76 = ("neon", "fullfp16", "dotprod", "rdm", "lse", "rcpc")
@@ -121,6 +123,11 @@ class Machine:
     l2: int
     threads: int
     activations: Activations = "float32"
+
+    @property
+    def requested(self) -> tuple[str, ...]:
+        """LLVM's names of features that processors of this family may have: kernels ask for them as they run."""
+        return _REQUESTED.get(self.cpu, ())
 
 
 def x86_names() -> tuple[str, ...]:

@@ -24,20 +24,17 @@ from mc_opt.targets.kernels._decode import Table, Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels.conv import fusable
 
-# Up to so many rows decoding with the product is faster than before it, as a kernel of its own.
+# Up to so many rows decoding with the product in float32 is faster than before it, as a kernel of its own.
 _MOST_ROWS = {"arm": 4, "cuda": 4, "x86": 64}
 
 
 def takes(e: Emitter, rows: Dim, weight: onnx_ir.Value) -> bool:
     """Whether a product of so many rows with a packed weight is one kernel; a note where that leaves int8 undone."""
-    most = _MOST_ROWS[e.machine.kind]
-    if isinstance(rows, int) and rows <= most:
-        return True
-    if e.machine.activations == "int8" and e.lookup(weight) is not None:
-        many = f"{rows} rows" if isinstance(rows, int) else "an open number of rows"
-        e.note_fallback(
-            f"activations=int8: a product of {many} runs in float32: kernels take at most {most}, a fixed number"
-        )
+    in_int8 = e.machine.activations == "int8"
+    if isinstance(rows, int):
+        return in_int8 or rows <= _MOST_ROWS[e.machine.kind]
+    if in_int8 and e.lookup(weight) is not None:
+        e.note_fallback("activations=int8: a product of an open number of rows runs in float32; --shape fixes it")
     return False
 
 
@@ -67,6 +64,8 @@ def product(
         result = lookup_int8.product(e, flat, lookup, bias, transposed=transposed)
         if result is not None:
             return e.reshape(result, (*shape[:-1], n))
+        if rows > _MOST_ROWS[e.machine.kind]:
+            return None
     at_once = _vectors(rows, e.machine)
     columns = min(at_once or lookup_gemm.vectors(e.machine), -(-n // e.machine.lanes)) * e.machine.lanes
 

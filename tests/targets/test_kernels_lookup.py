@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from mc_opt import targets
 from mc_opt.targets import _machine
+from tests import _seccomp
 from tests.targets._kernels import check, compare, feeds, machine, model, normal, reference, running
 from tests.targets.test_kernels_gemm import packed
 
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.tvm
 
 PROCESSORS = ["native", "x86-64-v3"]
 GROUPED = {"group": 16, "scale": "groups"}
+ARCH_PRCTL = 158
 VNNI = {"avx512vbmi", "avx512vnni"}
 
 
@@ -105,7 +108,7 @@ def test_int8_rounds_levels_that_do_not_fit(rows):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 64), depth=st.integers(2, 200), columns=st.integers(1, 130), bits=st.integers(1, 3),
+    rows=st.integers(1, 100), depth=st.integers(2, 200), columns=st.integers(1, 130), bits=st.integers(1, 3),
     group=st.sampled_from([0, 32, 64]),
 )  # fmt: skip
 def test_int8_products_of_any_size(rows, depth, columns, bits, group):
@@ -143,15 +146,59 @@ def test_int8_that_stays_in_float32_says_why(cpu, form, why):
     assert len(notes) == 1 and why in notes[0]
 
 
-@pytest.mark.parametrize(("rows", "why"), [(65, "a product of 65 rows"), ("M", "an open number of rows")])
-def test_int8_of_more_rows_stays_in_float32_and_says_so(rows, why):
+def test_int8_of_an_open_number_of_rows_stays_in_float32_and_says_so():
     node, weights = packed((16, 20), (1,), 2)
-    proto = model(f"g (float[{rows},16] x) => (float[{rows},20] y) {{ {node} y = MatMul(x, w) }}", weights)
+    proto = model(f"g (float[M,16] x) => (float[M,20] y) {{ {node} y = MatMul(x, w) }}", weights)
     with running(proto, dataclasses.replace(machine(), activations="int8")) as (run, notes):
         x = normal(65, 16)
         wanted = reference(proto, {"x": x})[0]
         assert np.abs(run([x])[0] - wanted).max() <= 1e-5 * np.abs(wanted).max()
-    assert any(why in note for note in notes)
+    assert any("an open number of rows" in note for note in notes)
+
+
+def in_tiles(proto):
+    """The outputs for `feeds` as a Sapphire Rapids gives them in tiles, where it may not use any, and without tiles."""
+    inputs = list(feeds(proto).values())
+    with running(proto, dataclasses.replace(_machine.named("sapphirerapids"), activations="int8")) as (run, notes):
+        assert notes == []
+        tiled, lanewise = run(inputs)[0], _seccomp.refused(ARCH_PRCTL, lambda: run(inputs)[0])
+    with running(proto, dataclasses.replace(_machine.named("icelake-server"), activations="int8")) as (run, notes):
+        assert notes == []
+        return tiled, lanewise, run(inputs)[0]
+
+
+# Linux's words for asking whether this process may use AMX.
+ASKED = (ARCH_PRCTL, 0x1023, 18)
+needs_amx = pytest.mark.skipif(ctypes.CDLL(None).syscall(*ASKED) != 0, reason="no AMX is granted here")
+
+
+@needs_amx
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "bits", "group"),
+    [(6, 64, 70, 4, 0), (16, 301, 150, 2, 0), (17, 96, 16, 3, 32), (41, 320, 33, 4, 64), (64, 70, 16, 1, 0)],
+)
+def test_tiles_give_the_very_sums_of_vectors(rows, depth, columns, bits, group):
+    node, weights = packed((depth, columns), (1,), bits, group=group, scale="groups" if group else "rows")
+    shape = f"float[{rows},{depth}] x, float[{columns}] b"
+    text = f"g ({shape}) => (float[{rows},{columns}] y) {{ {node} y = Gemm(x, w, b) }}"
+    tiled, lanewise, other = in_tiles(model(text, weights))
+    assert tiled.any() and tiled.tobytes() == lanewise.tobytes() == other.tobytes()
+
+
+@needs_amx
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(5, 140), depth=st.integers(2, 300), columns=st.integers(1, 130), bits=st.integers(1, 4),
+    group=st.sampled_from([0, 32, 64, 96, 128]),
+)  # fmt: skip
+def test_tiles_of_any_size(rows, depth, columns, bits, group):
+    node, weights = packed((depth, columns), (1,), bits, group=group, scale="groups" if group else "rows")
+    text = f"g (float[{rows},{depth}] x) => (float[{rows},{columns}] y) {{ {node} y = MatMul(x, w) }}"
+    tiled, lanewise, other = in_tiles(model(text, weights))
+    assert tiled.tobytes() == lanewise.tobytes() == other.tobytes()
 
 
 def test_the_option_is_part_of_the_target():

@@ -1,0 +1,138 @@
+"""Packed weights as kernels for activations of 8 bits take them: codes by fours of rows, levels rounded to bytes.
+
+w[k, n] ≈ step · scale[g(k), n] · level[code[k, n]],   level = round(codebook / step), -128 <= level <= 127
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mc_opt.targets._machine import Machine
+from mc_opt.targets._relax.emitter import LookupWeight
+from mc_opt.targets.kernels import _decode, _loops, _weights
+from mc_opt.targets.kernels._decode import Pack
+from mc_opt.targets.kernels._loops import Buffer, Expr
+
+LANES, BYTES = 16, 64
+# Writes sums of products: (a vector of them in float32, row, first column, lanes).
+Finish = Callable[[Expr, Expr, Expr, int], None]
+# Bits of the field of a code in a byte.
+_FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
+_NEEDS = ("avx512vbmi", "avx512vnni")
+# Sums of 255 · 127 stay below 2^31.
+_MOST_TERMS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """A weight [k, n] in bytes.
+
+    Attributes:
+        words: int32 [t, G · run / unit, v, 16]: plane p of byte q of a word is row word · unit + p · 4 + q.
+        levels: int8 [64], the levels repeated: a permutation finds them whatever stands above a code.
+        scale: float32 [t, G, 16 · v], times the step of the levels.
+        run: rows of a group; a single one is filled up to whole registers of bytes.
+        field: bits of a code in a byte.
+        error: of the levels, √(Σ (w - ŵ)² / Σ w²) without the scales.
+    """
+
+    words: np.ndarray
+    levels: np.ndarray
+    scale: np.ndarray
+    run: int
+    field: int
+    error: float
+
+    @property
+    def unit(self) -> int:
+        """Rows in a word."""
+        return 4 * self.planes
+
+    @property
+    def planes(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.field
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows."""
+        return int(self.scale.shape[1])
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of columns in a tile."""
+        return int(self.words.shape[2])
+
+
+def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Bytes | str:
+    """The weight in bytes, or why it cannot be."""
+    if not set(_NEEDS) <= set(machine.features):
+        return f"{machine.cpu} has not both of {', '.join(_NEEDS)}"
+    if weight.bits not in _FIELD or weight.codebook.size != weight.codebook.shape[-1] or weight.offset is not None:
+        return "only codes of at most 4 bits with one codebook and no offsets become bytes"
+    tiles = _decode.arrange(weight, pack, machine)
+    if tiles is None:
+        return "its columns or groups lie across the product's"
+    field = _FIELD[weight.bits]
+    unit = 4 * (8 // field)
+    run = _decode.run_of(tiles, unit) if tiles.group is not None else -(-tiles.depth // BYTES) * BYTES
+    if not run:
+        return f"its groups are no multiples of {unit} rows"
+    if run > _MOST_TERMS:
+        return f"sums of {run} products do not fit in 32 bits"
+    codes = pack(_decode.codes_of(weight))
+    levels, step, error = _levels(weight.codebook.reshape(-1), np.bincount(codes.reshape(-1), minlength=1 << field))
+    count, _, columns = codes.shape
+    groups = -(-tiles.depth // run)
+    scale = np.ones((count, groups, columns), np.float32) if tiles.scale is None else tiles.scale
+    return Bytes(
+        words=_words(_weights.pad_to(codes, 1, run), field),
+        levels=np.tile(levels, BYTES // levels.size),
+        scale=np.ascontiguousarray(np.broadcast_to(scale, (count, groups, columns)) * np.float32(step)),
+        run=run,
+        field=field,
+        error=error,
+    )
+
+
+def _levels(codebook: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """codebook: [n] -> (int8 [len(counts)], the levels; their step; their error), of the least squared error.
+
+    Powers of two up to 2^6 are exact at a step of the largest / 64; up to 2^7 all are but the positive largest.
+    """
+    book = np.zeros(counts.size)
+    book[: codebook.size] = codebook
+    top = float(np.abs(book).max()) or 1.0
+    found = []
+    for step in (top / 64, top / 127, top / 128):
+        rounded = np.clip(np.round(book / step), -128, 127)
+        found.append((float(counts @ (book - rounded * step) ** 2), step, rounded))
+    least, step, rounded = min(found, key=lambda at: at[0])
+    power = float(counts @ book**2)
+    return rounded.astype(np.int8), step, math.sqrt(least / power) if power else 0.0
+
+
+def _words(codes: np.ndarray, field: int) -> np.ndarray:
+    """codes: [t, K, c], K whole words -> int32 [t, K / unit, c / 16, 16]."""
+    tiles, depth, columns = codes.shape
+    planes = 8 // field
+    split = codes.reshape(tiles, depth // (4 * planes), planes, 4, columns // LANES, LANES)
+    held = np.zeros((tiles, split.shape[1], 4, columns // LANES, LANES), np.uint8)
+    for p in range(planes):
+        held |= split[:, :, p] << np.uint8(p * field)
+    return np.ascontiguousarray(held.transpose(0, 1, 3, 4, 2)).view(np.int32)[..., 0]
+
+
+def permuted(levels: Buffer, weight: Bytes, word: Expr, plane: int) -> Expr:
+    """int8x64: the entries of `levels` for the codes of a plane of 16 words."""
+    if plane:
+        word = T.shift_right(word, _loops.splat(plane * weight.field, LANES, "int32"))
+    table = _loops.load(levels, 0, lanes=BYTES)
+    index = tirx.reinterpret("int8x64", word)
+    return T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.permvar.qi.512", table, index)
