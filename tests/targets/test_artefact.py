@@ -139,6 +139,15 @@ def test_loading_imports_the_runtime_alone(doubled: Path) -> None:
     assert (done.stdout, done.stderr) == ("\n", "")
 
 
+def test_the_verb_imports_neither_compiler_nor_runtime_of_onnx(doubled: Path) -> None:
+    code = (
+        f"import contextlib, io, sys\nfrom mc_opt.tools import cli\nwith contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    cli.run(['run', {str(doubled)!r}])\nprint(*sorted({{'onnxruntime', 'torch', 'tvm'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "\n", done.stdout + done.stderr
+
+
 @pytest.mark.torch
 def test_torch_is_hidden_from_one_import_and_thread_alone() -> None:
     pytest.importorskip("torch")

@@ -69,14 +69,22 @@ def command(
 
     carried = _texts.pairs(states, "--state")
     onnx_file = model / "model.onnx" if model.is_dir() else model
-    source = ir.load_model(onnx_file, check="structure")
+    artefacts = sorted(p.parent.name for p in model.glob("*/manifest.json")) if model.is_dir() else []
+    if target not in (None, "onnx", *artefacts):
+        raise ir.OptionError(f"{model}: {ir.unknown('artefact', target or '', [*artefacts, 'onnx'])}")
+    by_runtime = target == "onnx" or not artefacts
+    # Of the file beside an artefact only the interface is asked.
+    source = ir.load_model(onnx_file, check="structure") if by_runtime else ir.read_model(onnx_file, hashes=False)
     ir.check_states(source, carried)
     if data_path is None:
         data = ir.seeded_data(source, 1, seed, states=carried)
         click.echo("warning: no --data: one seeded random sample; its numbers mean little", err=True)
     else:
         data = ir.load_data(data_path, source, states=carried)
-    name, run = _runner(model, onnx_file, target, threads)
+    if by_runtime:
+        name, run = "ONNX Runtime", ir.Session(onnx_file, threads=threads or 1).run
+    else:
+        name, run = _artefact(model, target, threads)
     columns: dict[str, list[Any]] = {}
     right: list[bool | None] = []
     state: dict[str, np.ndarray] = {}
@@ -142,15 +150,10 @@ def _generate(
     )
 
 
-def _runner(model: Path, onnx_file: Path, target: str | None, threads: int | None) -> tuple[str, Any]:
-    """What runs a sample, and its name: the artefact of a folder, or ONNX Runtime."""
-    from mc_opt import ir, targets
+def _artefact(model: Path, target: str | None, threads: int | None) -> tuple[str, Any]:
+    """What runs a sample by an artefact of a folder, and its name."""
+    from mc_opt import targets
 
-    artefacts = sorted(p.parent.name for p in model.glob("*/manifest.json")) if model.is_dir() else []
-    if target == "onnx" or (target is None and not artefacts):
-        return "ONNX Runtime", ir.Session(onnx_file, threads=threads or 1).run
-    if target is not None and target not in artefacts:
-        raise ir.OptionError(f"{model}: {ir.unknown('artefact', target, [*artefacts, 'onnx'])}")
     artefact = targets.load_artefact(model, target, threads=threads)
     if threads not in (None, artefact.threads):
         click.echo("warning: --threads: the artefact was built for one thread, and runs on one", err=True)
