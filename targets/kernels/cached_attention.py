@@ -1,12 +1,14 @@
-"""Attention of new tokens over a cache: each row reads the cache up to its own position and no further.
+"""Attention of new tokens over a cache, read up to the position of each token and once for the heads that share it.
 
 y[t] = Σ_{j ≤ p(t)} e^(a_j - m) v_j / Σ_{j ≤ p(t)} e^(a_j - m),   a_j = q[t]·k_j / √s,   m = max_j a_j
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir
@@ -21,6 +23,8 @@ from mc_opt.targets.kernels import _loops, _math, softmax
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 _LOWEST = -65504.0
+# Rows that go through the cache together, and floats of a cache line.
+_ROWS, _LINE = 4, 16
 
 
 def attention(e: Emitter, node: onnx_ir.Node) -> None:
@@ -52,61 +56,168 @@ def _body(
     positions: Buffer,
     y: Buffer,
 ) -> None:
+    """Rows are the heads that share keys, token by token; a few of them go through the cache together."""
     batch, heads, length, size = shape
     _, groups, room, _ = cache
-    lanes = machine.lanes
-    padded = -(-room // lanes) * lanes
-    factor = tirx.const(size**-0.5, dtype)
-    runs = [(start + k * width, width) for start, count, width in _loops.split(size, lanes) for k in range(count)]
-    work = 2 * batch * heads * length * room * size
-    with _loops.each(batch * heads * length, machine, work=work) as row:
-        t, h, b = row % length, (row // length) % heads, row // (length * heads)
-        g = h // (heads // groups)
-        weights = _loops.registers(1, padded, dtype)
-        highest, total = _loops.registers(1, 1, dtype), _loops.registers(1, 1, dtype)
-        seen = tirx.max(tirx.min(positions[t].astype("int32") + 1, tirx.const(room, "int32")), tirx.const(1, "int32"))
-        blocks = (seen + (lanes - 1)) // lanes
-        T.buffer_store(highest, tirx.const(_LOWEST, dtype), [0])
-        with T.serial(0, seen) as j:
-            terms = [
-                _sum(_loops.load(q, b, h, t, c, lanes=w) * _loops.load(keys, b, g, j, c, lanes=w), w) for c, w in runs
-            ]
-            T.buffer_store(weights, functools.reduce(_add, terms) * factor, [j])
-            T.buffer_store(highest, tirx.max(highest[0], weights[j]), [0])
-        # The last vector's rest weighs nothing.
-        with T.serial(0, blocks * lanes - seen) as j:
-            T.buffer_store(weights, tirx.const(-3.0e38, dtype), [seen + j])
-        sums = _loops.registers(1, lanes, dtype)
-        _loops.store(sums, _loops.splat(0.0, lanes, dtype), 0, lanes=lanes)
+    assert isinstance(heads, int) and isinstance(groups, int) and isinstance(room, int) and isinstance(size, int)
+    shared = heads // groups
+    rows = length * shared
+    tile = _tile(rows if isinstance(rows, int) else shared)
+    tiles = dims.tiles(rows, tile)
+    lanes = math.gcd(size, machine.lanes)  # of a vector; so many positions are scored together
+    with _loops.each(batch * groups * tiles, machine, work=2 * batch * heads * length * room * size) as number:
+        first, g, b = number % tiles * tile, number // tiles % groups, number // (tiles * groups)
+
+        def place(r: int) -> tuple[Expr, Expr, Expr]:
+            # Rows beyond the end are the last one again, computed and written with the same result.
+            row = first + r if dims.factor(rows) % tile == 0 else tirx.min(first + r, rows - 1)
+            return b, g * shared + row % shared, row // shared
+
+        run = _Run([place(r) for r in range(tile)], (b, g), room=room, size=size, lanes=lanes, dtype=dtype)
+        weights = _loops.registers(tile, run.pitch, dtype)
+        totals = _weigh(run, q, keys, values, positions, weights)
+        _mix(run, values, positions, weights, totals, y)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A few rows on their way through the cache of one group of heads: where they are in q, and what they read."""
+
+    rows: Sequence[tuple[Expr, Expr, Expr]]
+    cache: tuple[Expr, Expr]
+    room: int
+    size: int
+    lanes: int
+    dtype: str
+
+    @property
+    def pitch(self) -> int:
+        """The weights of a row, in whole vectors."""
+        return -(-self.room // self.lanes) * self.lanes
+
+    @property
+    def parts(self) -> range:
+        """Where the vectors of a head begin."""
+        return range(0, self.size, self.lanes)
+
+    def seen(self, r: int, positions: Buffer) -> Expr:
+        """How many positions a row sees."""
+        count = positions[self.rows[r][2]].astype("int32") + 1
+        return tirx.max(tirx.min(count, tirx.const(self.room, "int32")), tirx.const(1, "int32"))
+
+    def last(self, positions: Buffer) -> Expr:
+        """How many the rows see together."""
+        return functools.reduce(tirx.max, (self.seen(r, positions) for r in range(len(self.rows))))
+
+    def load(self, buffer: Buffer, *index: Expr) -> Expr:
+        """A vector."""
+        return _loops.load(buffer, *index, lanes=self.lanes)
+
+    def store(self, buffer: Buffer, value: Expr, *index: Expr) -> None:
+        """Write a vector."""
+        _loops.store(buffer, value, *index, lanes=self.lanes)
+
+    def splat(self, value: Expr | float) -> Expr:
+        """A value in every lane."""
+        return _loops.splat(value, self.lanes, self.dtype)
+
+
+def _weigh(run: _Run, q: Buffer, keys: Buffer, values: Buffer, positions: Buffer, weights: Buffer) -> list[Expr]:
+    """Write e^(a_j - m) of each row, and return their sums."""
+    lanes, rows = run.lanes, range(len(run.rows))
+    highest, totals = _loops.registers(len(rows), lanes, run.dtype), _loops.registers(len(rows), lanes, run.dtype)
+    for r in rows:
+        run.store(highest, run.splat(_LOWEST), r * lanes)
+        run.store(totals, run.splat(0.0), r * lanes)
+    blocks = (run.last(positions) + (lanes - 1)) // lanes
+    with T.serial(0, blocks) as k:
+        _ask(values, (*run.cache, k * lanes), lanes)
+        for r in rows:
+
+            def product(i: int, r: int = r) -> Expr:
+                j = k * lanes + i if run.room % lanes == 0 else tirx.min(k * lanes + i, run.room - 1)
+                terms = [run.load(q, *run.rows[r], c) * run.load(keys, *run.cache, j, c) for c in run.parts]
+                return functools.reduce(_add, terms)
+
+            scores = _sums([product(i) for i in range(lanes)]) * run.splat(tirx.const(run.size**-0.5, run.dtype))
+            index = T.ramp(k * lanes, 1, lanes) if lanes > 1 else k
+            scores = tirx.Select(index < run.splat(run.seen(r, positions)), scores, run.splat(_LOWEST))
+            run.store(weights, scores, r * run.pitch + k * lanes)
+            most = tirx.max(run.load(highest, r * lanes), run.load(weights, r * run.pitch + k * lanes))
+            run.store(highest, most, r * lanes)
+    found = []
+    for r in rows:
+        peak, total = _loops.registers(1, 1, run.dtype), _loops.registers(1, 1, run.dtype)
+        T.buffer_store(peak, _fold(run.load(highest, r * lanes), lanes, tirx.max), [0])
         with T.serial(0, blocks) as k:
-            shifted = _loops.load(weights, k * lanes, lanes=lanes) - _loops.splat(highest[0], lanes)
-            value = _math.exp_not_positive(shifted) if dtype == "float32" else tirx.exp(shifted)
-            _loops.store(weights, value, k * lanes, lanes=lanes)
-            added = _loops.load(sums, 0, lanes=lanes) + _loops.load(weights, k * lanes, lanes=lanes)
-            _loops.store(sums, added, 0, lanes=lanes)
-        T.buffer_store(total, _sum(_loops.load(sums, 0, lanes=lanes), lanes), [0])
-        result = _loops.registers(1, size, dtype)
-        for c, w in runs:
-            _loops.store(result, _loops.splat(0.0, w, dtype), c, lanes=w)
-        with T.serial(0, seen) as j:
-            for c, w in runs:
-                term = _loops.load(values, b, g, j, c, lanes=w) * _loops.splat(weights[j], w)
-                _loops.store(result, _loops.load(result, c, lanes=w) + term, c, lanes=w)
-        for c, w in runs:
-            _loops.store(y, _loops.load(result, c, lanes=w) / _loops.splat(total[0], w), b, h, t, c, lanes=w)
+            at = r * run.pitch + k * lanes
+            shifted = run.load(weights, at) - run.splat(peak[0])
+            run.store(weights, _math.exp_not_positive(shifted) if run.dtype == "float32" else tirx.exp(shifted), at)
+            run.store(totals, run.load(totals, r * lanes) + run.load(weights, at), r * lanes)
+        T.buffer_store(total, _fold(run.load(totals, r * lanes), lanes, _add), [0])
+        found.append(total[0])
+    return found
+
+
+def _mix(run: _Run, values: Buffer, positions: Buffer, weights: Buffer, totals: Sequence[Expr], y: Buffer) -> None:
+    """Write the mean of the values of each row, by its weights."""
+    results = [_loops.registers(1, run.size, run.dtype) for _ in run.rows]
+    for held in results:
+        for c in run.parts:
+            run.store(held, run.splat(0.0), c)
+    with T.serial(0, run.last(positions)) as j:
+        for r, held in enumerate(results):
+            for c in run.parts:
+                term = run.load(values, *run.cache, j, c) * run.splat(weights[r * run.pitch + j])
+                run.store(held, run.load(held, c) + term, c)
+    for held, place, total in zip(results, run.rows, totals, strict=True):
+        for c in run.parts:
+            run.store(y, run.load(held, c) / run.splat(total), *place, c)
+
+
+def _tile(rows: int) -> int:
+    """How many rows go through the cache together: what registers hold, and few computed in vain."""
+    return -(-rows // -(-rows // _ROWS))
+
+
+def _ask(buffer: Buffer, first: Sequence[Expr], count: int) -> None:
+    """Have `count` positions from `first` on fetched while the keys are worked on; an address beyond is no error."""
+    *outer, row = first
+    size = int(buffer.shape[-1])
+    for element in range(0, count * size, _LINE):
+        address = tirx.address_of(tirx.BufferLoad(buffer, [*outer, row + element // size, element % size]))
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 3, 1))
 
 
 def _add(a: Expr, b: Expr) -> Expr:
     return a + b
 
 
-def _sum(x: Expr, lanes: int) -> Expr:
-    """The sum of a vector's lanes, halves added to each other: a loop over them would wait for each sum."""
+def _sums(vectors: Sequence[Expr]) -> Expr:
+    """One vector of the sums of as many vectors as each has lanes.
+
+    Of two vectors the neighbouring lanes are added, which leaves one vector, until there is one: fewer steps than a sum
+    for each.
+    """
+    if len(vectors) == 1:
+        return vectors[0]
+    half = len(vectors) // 2
+
+    def paired(a: Expr, b: Expr) -> Expr:
+        even, odd = (tirx.Shuffle([a, b], list(range(start, 2 * lanes, 2))) for start in (0, 1))
+        return even + odd
+
+    lanes = vectors[0].ty.dtype.lanes
+    return _math.bind(_sums(vectors[:half]), lambda a: _math.bind(_sums(vectors[half:]), lambda b: paired(a, b)))
+
+
+def _fold(x: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """One value of a vector's lanes, halves combined: a loop over them would wait for each."""
     while lanes > 1:
         lanes //= 2
         name = tirx.Var("x", _math.type_of(x))
         low, high = (tirx.Shuffle([name], list(range(start, start + lanes))) for start in (0, lanes))
-        x = tirx.Let(name, x, low + high)
+        x = tirx.Let(name, x, combine(low, high))
     return x
 
 

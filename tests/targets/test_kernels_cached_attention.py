@@ -11,12 +11,13 @@ from tvm import relax
 from mc_opt.targets._build import _pipeline, fuse, llvm_target
 from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _schedule
-from tests.targets._kernels import _register, check, machine, model
+from tests.targets._kernels import _register, check, compare, feeds, machine, model, running
 
 pytestmark = pytest.mark.tvm
 
 # (batch, heads, length, size, heads of the cache, positions of the cache)
 SHAPES = {"step": (1, 6, 1, 8, 2, 9), "prompt": (1, 4, 5, 8, 2, 9), "wide": (2, 6, 3, 80, 3, 70)}
+MORE = {"five share": (1, 5, 3, 64, 1, 40), "seven lanes": (1, 6, 2, 7, 2, 9), "alone": (1, 6, 1, 64, 6, 33)}
 
 
 def _text(b, h, t, s, g, m):
@@ -25,10 +26,29 @@ def _text(b, h, t, s, g, m):
         {{ y = mc_opt.CachedAttention(q, k, v, p) }}"""
 
 
+def _check(shape, cpu):
+    """Near the beginning of the cache, and up to its end."""
+    proto = model(_text(*shape))
+    inputs = feeds(proto)
+    length, room = shape[2], shape[5]
+    with running(proto, machine(cpu)) as (run, notes):
+        compare(proto, run, inputs)
+        compare(proto, run, inputs | {"p": np.arange(room - length, room)})
+    assert notes == []
+
+
 @pytest.mark.parametrize("cpu", ["native", "x86-64-v3", "cuda"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention(name, cpu):
-    check(_text(*SHAPES[name]), cpu=cpu)
+    _check(SHAPES[name], cpu)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
+@pytest.mark.parametrize("name", MORE)
+def test_attention_of_other_heads(name, cpu):
+    _check(MORE[name], cpu)
 
 
 @pytest.mark.slow
