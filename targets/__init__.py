@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         target_names,
     )
     from mc_opt.targets._gpu import cuda_tools
+    from mc_opt.targets._tile_table import Section, TileTable
     from mc_opt.targets._time import predicted_time
     from mc_opt.targets._vm import Artefact, load_artefact
 
@@ -25,8 +26,10 @@ _EXPORTS = {
     "Artefact": "_vm",
     "Built": "_base",
     "Price": "_base",
+    "Section": "_tile_table",
     "Target": "_base",
     "TargetError": "_base",
+    "TileTable": "_tile_table",
     "cost": "_base",
     "cuda_tools": "_gpu",
     "find_target": "_base",
@@ -41,8 +44,10 @@ __all__ = [
     "Artefact",
     "Built",
     "Price",
+    "Section",
     "Target",
     "TargetError",
+    "TileTable",
     "cost",
     "cuda_tools",
     "find_target",

@@ -15,6 +15,7 @@ from mc_opt.ir import IRError, OptionError
 if TYPE_CHECKING:  # a process that only runs an artefact reads no model
     import onnx_ir
 
+    from mc_opt.targets._tile_table import Section, TileTable
     from mc_opt.targets._vm import Artefact
 
 Progress = Callable[[int, int, str], None]
@@ -62,7 +63,7 @@ class Built:
         kernels: special kernels, one line each.
         fallbacks: nodes that run in a general form, and why.
         seconds: build steps and their times; for timings.json only.
-        tiles: the tiles that came from a table, by the shape of their kernels.
+        tiles: the tiles of kernels that have a choice, by the shape that a table calls them by.
     """
 
     folder: Path
@@ -121,6 +122,31 @@ class Target:
     def load(self, folder: Path) -> Artefact | None:
         """What was built into `folder`, ready to run; None where this machine does not run it."""
         return None
+
+    def check_tuning(self) -> None:
+        """Refuse, before any pass runs, to measure tiles for another machine than this one.
+
+        Raises:
+            OptionError: naming the target, and what to do.
+        """
+        raise OptionError(f"{self.name}: --tune measures kernels of x86 and arm; leave it out")
+
+    def section(self, table: TileTable) -> Section:
+        """What a table of measured tiles says of this target and this version."""
+        raise OptionError(f"{self.name}: a table of tiles is for kernels of x86 and arm; leave it out")
+
+    def tune(
+        self, model: onnx_ir.Model, table: TileTable, *, keep: Callable[[TileTable], None], progress: Progress
+    ) -> TileTable:
+        """Measure the tiles of a model's kernels that a table does not have; returns the table with them.
+
+        Args:
+            model: the model.
+            table: what is known.
+            keep: told of the table after every shape.
+            progress: told of every step.
+        """
+        raise TypeError(f"{self.name} has no tiles to measure")
 
     def __str__(self) -> str:
         return str(ir.to_spec(self.name, self))

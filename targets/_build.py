@@ -64,11 +64,11 @@ def serve() -> None:
         folder = Path(request["folder"])
         answer = _build(request["model"], folder, machine, request["form"], request["prefix"], tiles, reporter)
     except Exception as error:
-        answer = _answer(error)
+        answer = described(error)
     reporter.send(answer)
 
 
-def _answer(error: Exception) -> dict[str, Any]:
+def described(error: Exception) -> dict[str, Any]:
     """What the parent is told of an error: its kind, one line, and the traceback of a mistake of ours or of TVM's."""
     match error:
         case MemoryError():
@@ -118,7 +118,7 @@ def _build(
         "kernels": sorted(lowered.kernels),
         "fallbacks": sorted([*lowered.fallbacks, *notes]),
         "limits": lowered.limits,
-        "tiles": lowered.choices.taken,
+        "tiles": lowered.choices.tiles,
         "seconds": reporter.seconds,
     }
 

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,14 +80,35 @@ def build(
         chosen = Path(place) / "tiles.json"  # in a file: the words of a command are limited
         ir.write_text(chosen, json.dumps(dict(tiles or {})))
         request = Request(str(path), str(folder), machine, form, prefix, str(chosen))
-        return _run(request, progress)
+
+        def hear(message: dict[str, Any]) -> bool:
+            if "progress" in message:
+                done, total, what = message["progress"]
+                progress(done, total, what)
+            return "progress" in message
+
+        return converse(_CHILD, json.dumps(dataclasses.asdict(request)), hear)
 
 
-def _run(request: Request, progress: Progress) -> dict[str, Any]:
+def converse(
+    program: str, request: str, hear: Callable[[dict[str, Any]], bool], *, patience: float | None = None
+) -> dict[str, Any]:
+    """Run code in a child process and return its answer.
+
+    Args:
+        program: Python code; its arguments are the descriptor to write messages to and the request.
+        request: what it is asked.
+        hear: told of every message; returns False for the one that is the answer.
+        patience: seconds of silence after which the child is ended.
+
+    Raises:
+        TimeoutError: the child was silent for too long.
+        Exception: as `build` does.
+    """
     read_end, write_end = os.pipe()
-    with tempfile.TemporaryFile() as words, os.fdopen(read_end) as lines:
+    with tempfile.TemporaryFile() as words, os.fdopen(read_end, "rb", buffering=0) as pipe:
         # -P: a folder named `ir` where the caller happens to stand must not be imported.
-        command = [sys.executable, "-P", "-c", _CHILD, str(write_end), json.dumps(dataclasses.asdict(request))]
+        command = [sys.executable, "-P", "-c", program, str(write_end), request]
         # A session of its own: what the child starts (the linker, the C compiler) ends with it.
         with subprocess.Popen(
             command,
@@ -98,9 +120,9 @@ def _run(request: Request, progress: Progress) -> dict[str, Any]:
         ) as child:
             os.close(write_end)
             try:
-                answer = _listen(lines, progress)
+                answer = _listen(_lines(pipe, patience), hear)
                 code = child.wait()
-            except BaseException:  # Ctrl-C, or whatever watches the progress failed
+            except BaseException:  # Ctrl-C, no patience any more, or whatever watches the progress failed
                 os.killpg(child.pid, signal.SIGKILL)
                 raise
         if answer is None:
@@ -121,16 +143,26 @@ def _failure(answer: dict[str, Any]) -> Exception:
     return error
 
 
-def _listen(lines: Iterator[str], progress: Progress) -> dict[str, Any] | None:
+def _listen(lines: Iterator[bytes], hear: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     answer = None
     for line in lines:
         message: dict[str, Any] = json.loads(line)
-        if "progress" in message:
-            done, total, what = message["progress"]
-            progress(done, total, what)
-        else:
+        if not hear(message):
             answer = message
     return answer
+
+
+def _lines(pipe: IO[bytes], patience: float | None) -> Iterator[bytes]:
+    """What comes out of a pipe, line by line."""
+    held = b""
+    while True:
+        if not select.select([pipe], [], [], patience)[0]:
+            raise TimeoutError(f"silent for {patience:g} seconds")
+        data = pipe.read(1 << 16)
+        if not data:
+            return
+        *whole, held = (held + data).split(b"\n")
+        yield from whole
 
 
 def _crash(code: int, words: IO[bytes]) -> Exception:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir
 
-from mc_opt.targets import _installed, _machine, _native
+from mc_opt.targets import _installed, _machine, _native, _tune
 from mc_opt.targets._base import Built, Price, Progress, Target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._refusal import check, check_nodes
 
 if TYPE_CHECKING:
+    from mc_opt.targets._tile_table import Section, TileTable
     from mc_opt.targets._vm import Artefact
 
 
@@ -70,6 +71,24 @@ class Arm(Target):
             TargetError: naming the node, and what to do.
         """
         check_nodes(model, self.name)
+
+    def check_tuning(self) -> None:
+        """Refuse to measure tiles for another processor than this one.
+
+        Raises:
+            OptionError: naming the target, and what to do.
+        """
+        _tune.check_here(self.machine())
+
+    def section(self, table: TileTable) -> Section:
+        """What a table of measured tiles says of this processor and this version."""
+        return table.section(self.machine())
+
+    def tune(
+        self, model: onnx_ir.Model, table: TileTable, *, keep: Callable[[TileTable], None], progress: Progress
+    ) -> TileTable:
+        """Measure the tiles of a model's kernels that a table does not have; returns the table with them."""
+        return _tune.tune(model, self.machine(), table, keep=keep, progress=progress)
 
     def compile(
         self, model: onnx_ir.Model, folder: Path, progress: Progress, *, tiles: Mapping[str, str] | None = None

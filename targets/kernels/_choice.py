@@ -20,14 +20,14 @@ class Choices:
 
     Attributes:
         offered: the names of the candidates of each shape, the rule's first.
-        taken: what the table chose, by shape.
+        tiles: which of them it takes.
     """
 
     def __init__(self, table: Mapping[str, str] | None = None) -> None:
         """`table` says by name which candidate a shape takes; names that it does not offer count for nothing."""
         self._table = dict(table or {})
         self.offered: dict[str, tuple[str, ...]] = {}
-        self.taken: dict[str, str] = {}
+        self.tiles: dict[str, str] = {}
 
     def pick(self, shape: str, candidates: Mapping[str, T]) -> T:
         """The candidate of a shape; the rule's where it has no name."""
@@ -36,10 +36,8 @@ class Choices:
             return candidates[names[0]]
         self.offered[shape] = names
         name = self._table.get(shape, "")
-        if name not in candidates:
-            return candidates[names[0]]
-        self.taken[shape] = name
-        return candidates[name]
+        self.tiles[shape] = name if name in candidates else names[0]
+        return candidates[self.tiles[shape]]
 
 
 def annotation(shape: str) -> dict[str, str]:

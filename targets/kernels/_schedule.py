@@ -88,9 +88,9 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
     for fused in (True, False):
         state = s_tir.Schedule(function)
         _inline(state)
-        if any(_window.read(state.get(b).annotations) for b in _blocks(state)):
+        if any(_window.read(state.get(b).annotations) for b in blocks(state)):
             return _sliding_window(state, machine)
-        tiled = [b for b in _blocks(state) if _tile(state, b)]
+        tiled = [b for b in blocks(state) if _tile(state, b)]
         if not tiled:
             _general(state, machine)
             return state.mod["main"], ""
@@ -111,7 +111,7 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
 
 def _sliding_window(state: Any, machine: Machine) -> tuple[Any, str]:
     """A convolution or pooling and its consumer, loop by loop; the general rule where it is more than that."""
-    first, *rest = (state.get(b) for b in _blocks(state))
+    first, *rest = (state.get(b) for b in blocks(state))
     try:
         if len(rest) > 1 or not _window.read(first.annotations):
             raise ValueError(f"{len(rest) + 1} blocks")
@@ -128,7 +128,8 @@ def first_line(error: Exception) -> str:
     return found[:160] or type(error).__name__
 
 
-def _blocks(state: Any) -> list[Any]:
+def blocks(state: Any) -> list[Any]:
+    """The blocks of a function, in order."""
     return list(state.get_child_blocks(state.get_sblock("root")))
 
 
@@ -165,7 +166,7 @@ def _inline(state: Any) -> None:
     changed = True
     while changed:
         changed = False
-        for block in _blocks(state):
+        for block in blocks(state):
             if _REDUCE in _kinds(state, block) or _tile(state, block) or not state.get_consumers(block):
                 continue
             if any(_tile(state, c) for c in state.get_consumers(block)):
@@ -249,7 +250,7 @@ def _parallel(state: Any, loops: Sequence[Any], work: int, machine: Machine) -> 
 
 def _general(state: Any, machine: Machine) -> None:
     """Vectorise and split what no tile took; a block that resists stays a plain loop nest."""
-    for block in _blocks(state):
+    for block in blocks(state):
         if not state.get_loops(block) or not _is_plain(state, block):
             continue
         try:
