@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,16 +67,16 @@ class Artefact:
         """A copy of an array as a tensor in the machine's memory."""
         return self._machine.place(array)
 
-    def call(self, tensors: Mapping[str, Any], keep: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Run on tensors by name: the outputs in `keep` as tensors, and the others as arrays.
+    def call(
+        self, tensors: Sequence[Any], wanted: Sequence[tuple[int, str]]
+    ) -> tuple[Sequence[Any], dict[str, np.ndarray]]:
+        """Run on tensors in the order of the inputs: all outputs as tensors, and some, by number and name, as arrays.
 
         States among the tensors may be written; they are what the states among the outputs then are.
         """
         with self._lock:
-            results = self._machine.call([tensors[port.name] for port in self.manifest.inputs])
-            named = {port.name: tensor for port, tensor in zip(self.manifest.outputs, results, strict=True)}
-            kept = {name: tensor for name, tensor in named.items() if name in keep}
-            return kept, {name: self._machine.fetch(t) for name, t in named.items() if name not in kept}
+            results = self._machine.call(tensors)
+            return results, {name: self._machine.fetch(results[k]) for k, name in wanted}
 
     def _placed(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """The arrays as tensors of the machine, copied to where kernels may load whole vectors."""

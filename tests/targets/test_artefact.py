@@ -201,3 +201,16 @@ def test_threads_of_an_artefact_that_was_built_for_one(doubled: Path) -> None:
     assert mc_opt.load(doubled, threads=8).threads == 1
     with pytest.raises(ValueError, match="threads=0: expected 1 or more"):
         mc_opt.load(doubled, threads=0)
+
+
+def test_a_stream_keeps_states_that_are_written_in_place_and_others(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[1] x, int64[1, 1] at, float[3] rows, float[1] sum) => (float[3] seen, float[3] new_rows, float[1] new_sum)
+    { new_rows = ScatterND(rows, at, x) new_sum = Add(sum, x) seen = Add(new_rows, new_sum) }"""
+    made = model(text)
+    made.metadata_props["mc_opt.states"] = '{"new_rows": "rows", "new_sum": "sum"}'
+    mc_opt.build(made, CPU, tmp_path / "out")
+    streams = [mc_opt.load(tmp_path / "out").stream() for _ in range(2)]
+    for x, at, wanted in ((1, 0, [2, 1, 1]), (2, 2, [4, 3, 5]), (5, 0, [13, 8, 10])):
+        found = [s.run({"x": np.array([x], np.float32), "at": np.array([[at]])}) for s in streams]
+        assert [{k: v.tolist() for k, v in outputs.items()} for outputs in found] == [{"seen": wanted}] * 2
