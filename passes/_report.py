@@ -108,6 +108,44 @@ class PassReport:
 
 
 @dataclass(frozen=True)
+class TunedKernel:
+    """A shape whose kernels took another tile than the rule's.
+
+    Attributes:
+        shape: what the table calls it.
+        tile: what it took.
+        rule: what the rule would have given.
+        ratio: the measured time over that of the rule's tile.
+    """
+
+    shape: str
+    tile: str
+    rule: str
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What a table of measured tiles did for an artefact.
+
+    Attributes:
+        processor: where it was measured.
+        measured: shapes of the model's kernels that it has.
+        tuned: those of them that took another tile than the rule's.
+        failed: candidates that failed while they were measured.
+        by_rule: shapes that it does not have: their tiles are the rule's.
+        unused: what it holds for other machines and other versions.
+    """
+
+    processor: str
+    measured: int
+    tuned: tuple[TunedKernel, ...] = ()
+    failed: int = 0
+    by_rule: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TargetReport:
     """A target that was built.
 
@@ -117,6 +155,7 @@ class TargetReport:
         kernels: special kernels, one line each.
         fallbacks: nodes that run in a general form, and why.
         drift: the difference of its outputs against those of the ONNX file beside it; empty when it was not measured.
+        tuning: what a table of tiles did; None where there was none.
     """
 
     name: str
@@ -124,6 +163,7 @@ class TargetReport:
     kernels: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     drift: Mapping[str, Any] = field(default_factory=dict)
+    tuning: TuningReport | None = None
 
 
 @dataclass(frozen=True)

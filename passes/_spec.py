@@ -15,7 +15,7 @@ from mc_opt.passes._base import Check, Overrides, Pass
 from mc_opt.passes._find import find_pass, pass_names
 from mc_opt.passes._training import Training
 
-_TOP_LEVEL = ("check", "pass", "seed", "targets", "train")
+_TOP_LEVEL = ("check", "pass", "seed", "targets", "train", "tune", "tune_table")
 
 
 class RecipeError(Exception):
@@ -100,9 +100,11 @@ class Recipe:
     """A recipe file: passes, and settings that the command line may override (None: not given).
 
     Example:
-        seed = 1                          # optional, as are check and targets
+        seed = 1                          # optional, as are check, targets, tune and tune_table
         check = "full"                    # or "structure"
         targets = ["onnx", "x86{cpu=x86-64-v3}"]
+        tune = "quick"                    # measure the tiles of kernels
+        tune_table = "tiles.json"         # and keep them here; alone: take them from here
 
         [train]                           # optional: how trainable passes are trained, the options of `Training`
         data = "train.npz"
@@ -122,6 +124,8 @@ class Recipe:
     check: Check | None = None
     targets: tuple[str, ...] | None = None
     training: Training | None = None
+    tune: str | None = None
+    tune_table: str | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
@@ -158,11 +162,19 @@ class Recipe:
             _check(tables, where),
             _targets(tables, where),
             _training(tables, where),
+            _text(tables, "tune", where),
+            _text(tables, "tune_table", where),
         )
 
     def __str__(self) -> str:
         """The text of a recipe file, which `parse` reads back."""
-        given = {"seed": self.seed, "check": self.check, "targets": self.targets}
+        given = {
+            "seed": self.seed,
+            "check": self.check,
+            "targets": self.targets,
+            "tune": self.tune,
+            "tune_table": self.tune_table,
+        }
         parts = ["".join(f"{key} = {_toml(value)}\n" for key, value in given.items() if value is not None)]
         if self.training is not None:
             default = Training()
@@ -221,6 +233,13 @@ def _targets(tables: Mapping[str, Any], where: _Where) -> tuple[str, ...] | None
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise where.error(f'targets is {targets!r}, expected a list of texts, as in ["onnx", "x86"]', "targets")
     return tuple(targets)
+
+
+def _text(tables: Mapping[str, Any], key: str, where: _Where) -> str | None:
+    text = tables.get(key)
+    if text is not None and not (isinstance(text, str) and text):
+        raise where.error(f"{key} is {text!r}, expected a text", key)
+    return text
 
 
 def _training(tables: Mapping[str, Any], where: _Where) -> Training | None:

@@ -46,7 +46,7 @@ def _measure(
     if machine.threads > 1:
         tvm.get_global_func("runtime.config_threadpool")(1, machine.threads)
     offered, rule = _candidates.kernels(path, machine, {})
-    offered = {shape: names for shape, names in offered.items() if shape in rule and len(names) > 1}
+    offered = {shape: names for shape, names in offered.items() if shape in rule}
     wanted = {shape: names for shape, names in offered.items() if shape not in known}
     reporter.send({"offered": {shape: list(names) for shape, names in offered.items()}})
     field = {shape: [rule[shape]] for shape in wanted}

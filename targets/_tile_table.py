@@ -14,7 +14,6 @@ from mc_opt.targets import _installed, _machine
 from mc_opt.targets._machine import Machine
 
 SCHEMA_VERSION = 1
-NAME = "tune-table.json"
 _DIGITS = 4
 
 
@@ -153,16 +152,16 @@ class TileTable:
         wanted = Section.of(machine)
         return next((s for s in self.sections if s.is_for(wanted)), wanted)
 
-    def others(self, machine: Machine) -> tuple[str, ...]:
-        """The sections of other machines and versions: what they are of, and how many entries they have."""
-        wanted = Section.of(machine)
-        return tuple(f"{s}: {len(s.shapes)} shapes" for s in self.sections if not s.is_for(wanted))
+    def others(self, section: Section) -> tuple[Section, ...]:
+        """The sections of other machines and versions."""
+        return tuple(s for s in self.sections if not s.is_for(section))
 
     def with_entry(self, machine: Machine, shape: str, entry: Entry) -> TileTable:
-        """The table with one entry more, or another."""
+        """The table with one entry more, or another; its numbers are those that the file will hold."""
         old = self.section(machine)
+        entry = dataclasses.replace(entry, candidates=tuple(map(_rounded, entry.candidates)))
         new = dataclasses.replace(old, shapes={**old.shapes, shape: entry})
-        return TileTable((*(s for s in self.sections if not s.is_for(old)), new))
+        return TileTable((*self.others(old), new))
 
     def text(self) -> str:
         """The file's text: sections and shapes in order, a shape to a paragraph."""
@@ -184,10 +183,15 @@ def _lines(sections: tuple[Section, ...]) -> Iterator[str]:
     yield "]}\n"
 
 
+def _rounded(candidate: Measured) -> Measured:
+    numbers = (candidate.microseconds, candidate.ratio)
+    microseconds, ratio = (None if v is None else float(f"{v:.{_DIGITS}g}") for v in numbers)
+    return dataclasses.replace(candidate, microseconds=microseconds, ratio=ratio)
+
+
 def _plain(candidate: Measured) -> dict[str, Any]:
-    """The fields that say something, numbers short."""
-    data = dataclasses.asdict(candidate)
-    return {k: float(f"{v:.{_DIGITS}g}") if isinstance(v, float) else v for k, v in data.items() if v or k == "tile"}
+    """The fields that say something."""
+    return {k: v for k, v in dataclasses.asdict(candidate).items() if v or k == "tile"}
 
 
 def _json(data: Any) -> str:

@@ -49,6 +49,19 @@ transformers_options = _stack(
         "--max-length", metavar="N", type=click.IntRange(min=2), help="Positions of that cache; default 1024."
     ),
 )
+tune_options = _stack(
+    click.option(
+        "--tune",
+        metavar="quick",
+        help="Measure up to 8 tilings of each kernel's shape on this machine; writes DIR/tune-table.json.",
+    ),
+    click.option(
+        "--tune-table",
+        metavar="FILE",
+        type=_PATH,
+        help="Take the kernels' tiles from this table, to the same bytes; with --tune, add what is measured.",
+    ),
+)
 model_options = _stack(
     click.option(
         "--shape",
@@ -109,6 +122,8 @@ def compile_request(words: Sequence[str], options: Mapping[str, Any], *, process
         stop_after=options["stop_after"],
         dump=options["dump"],
         training=_train_options.training_of(options, recipe.training),
+        tune=options["tune"] or recipe.tune,
+        tune_table=options["tune_table"] or recipe.tune_table,
         fresh=options["fresh"],
         writes=process == 0,
         dry_run=options["dry_run"],

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir
 
@@ -131,6 +131,8 @@ def build(
     *,
     shapes: Mapping[str, tuple[int | str, ...]] | None = None,
     check: passes.Check = "full",
+    tune: Literal["quick"] | None = None,
+    tune_table: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Build a model for one or more targets into the folder `out`, beside its ONNX file and its report.
 
@@ -140,10 +142,21 @@ def build(
         out: the folder; an earlier output there is replaced.
         shapes: input name to shape; fixes symbolic dimensions, of which kernels take the batch and sequences.
         check: as in `compress`.
+        tune: `"quick"` measures up to 8 tilings of each kernel's shape on this machine, and builds with the fastest.
+        tune_table: the file of measured tiles, read to the same bytes; with `tune` it takes what is measured. A build
+            writes the table that it used into its folder.
     """
     several = [target] if isinstance(target, str | Target) else target
     chosen = [made for item in several for made in (targets.parse_targets(item) if isinstance(item, str) else [item])]
-    request = Request(model=_model(model), targets=tuple(chosen), out=Path(out), shapes=shapes or {}, check=check)
+    request = Request(
+        model=_model(model),
+        targets=tuple(chosen),
+        out=Path(out),
+        shapes=shapes or {},
+        check=check,
+        tune=tune,
+        tune_table=None if tune_table is None else Path(tune_table),
+    )
     return compile_model(request).report
 
 

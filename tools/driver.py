@@ -18,6 +18,7 @@ from mc_opt import ir, passes, targets
 from mc_opt.passes import Context, PassError, Pipeline, Report, Store
 from mc_opt.tools import _artefact_check
 from mc_opt.tools._checkpoint import checkpoints
+from mc_opt.tools._tuning import FILE, Tuning, tuning
 
 MODEL = "model.onnx"
 REPORT = "report.json"
@@ -49,6 +50,8 @@ class Request:
         stop_after: the last pass to run.
         dump: whether to write the model as text after each pass, into `ir/` of the output folder.
         training: how trainable passes are trained; None converts them at once.
+        tune: `quick` measures the tiles that kernels of this machine take; None leaves them to rules and the table.
+        tune_table: the file of measured tiles; with `tune` it takes what is measured.
         fresh: whether a training forgets the checkpoints of an interrupted one.
         writes: whether this process writes; of several processes that train together the first does.
         dry_run: only find out which layers match and what they would take; nothing is written.
@@ -71,6 +74,8 @@ class Request:
     stop_after: str | None = None
     dump: bool = False
     training: passes.Training | None = None
+    tune: str | None = None
+    tune_table: Path | str | None = None
     fresh: bool = False
     writes: bool = True
     dry_run: bool = False
@@ -133,14 +138,18 @@ def compile_model(request: Request, progress: Progress | None = None) -> Outcome
 def _compiled(request: Request, progress: Progress | None) -> Outcome:
     """The run itself, once it is known where a training keeps its checkpoints."""
     stages = _Stages(progress)
-    if request.out is None or request.dry_run or not request.writes:
-        return _compress(*_loaded(request, stages), stages, Store(), dump=None)
-    out = Path(request.out)
+    with tuning(request) as tuned:
+        if request.out is None or request.dry_run or not request.writes:
+            return _compress(*_loaded(request, stages), stages, Store(), dump=None)
+        return _written(request, Path(request.out), stages, tuned)
+
+
+def _written(request: Request, out: Path, stages: _Stages, tuned: Tuning | None) -> Outcome:
     with ir.staged_folder(out) as folder:
         # Big tensors live on the disk of the output folder: the system's temporary folder may be memory.
         request, reference = _loaded(request, stages)
         outcome = _compress(request, reference, stages, Store(folder), dump=folder / DUMP if request.dump else None)
-        outcome = _write(request, outcome, folder, stages)
+        outcome = _write(request, outcome, folder, stages, tuned)
     return dataclasses.replace(outcome, out=out)
 
 
@@ -238,7 +247,7 @@ def _compress(request: Request, reference: onnx_ir.Model, stages: _Stages, store
     return Outcome(result.model, result.report, timings)
 
 
-def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) -> Outcome:
+def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages, tuned: Tuning | None) -> Outcome:
     report = outcome.report
     with stages.stage("save"):
         saved = ir.save_model(outcome.model, folder / MODEL, reload=request.check)
@@ -260,10 +269,14 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
         if not target.makes_artefact:
             built.append(passes.TargetReport(target.name, target.resolved()))
             continue
+        tiles = None
+        if tuned is not None:
+            with stages.stage(f"tune {target.name}"):
+                tiles = tuned.tiles(target, outcome.model, stages.tell)
         with stages.stage(f"build {target.name}"):
             place = folder / target.name
             place.mkdir()
-            made = target.compile(outcome.model, place, stages.tell)
+            made = target.compile(outcome.model, place, stages.tell, tiles=tiles)
         known |= {f"{target.name}/{name}": digest for name, digest in made.files.items()}
         drift = None
         if samples:
@@ -272,8 +285,11 @@ def _write(request: Request, outcome: Outcome, folder: Path, stages: _Stages) ->
             if problem:
                 warnings.append(problem)
         figures = {} if drift is None else drift.to_json()
-        built.append(passes.TargetReport(target.name, made.resolved, made.kernels, made.fallbacks, figures))
+        told = None if tuned is None else tuned.report(target, made.tiles)
+        built.append(passes.TargetReport(target.name, made.resolved, made.kernels, made.fallbacks, figures, told))
         builds[target.name] = made.seconds
+    if tuned is not None:
+        ir.write_text(folder / FILE, tuned.table.text())
     report = dataclasses.replace(
         report,
         checks=(*report.checks, *checks),

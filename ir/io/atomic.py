@@ -109,7 +109,7 @@ def ours(folder: Path) -> bool:
     entries = list(folder.iterdir())
     if not entries:
         return True
-    files = {"model.onnx", "model.onnx.data", "report.json", "timings.json"}
+    files = {"model.onnx", "model.onnx.data", "report.json", "timings.json", "tune-table.json"}
     return (folder / "report.json").is_file() and all(
         _is_product_folder(e) if e.is_dir() and not e.is_symlink() else e.name in files for e in entries
     )
@@ -203,7 +203,7 @@ def _is_stale(entry: Path) -> bool:
         return False
     if entry.is_dir():
         return (entry / "manifest.json").is_file() and _is_product_folder(entry)
-    return entry.name == "model.onnx.data"
+    return entry.name in ("model.onnx.data", "tune-table.json")
 
 
 def _replace_folder(new: Path, old: Path) -> None:

@@ -30,9 +30,9 @@ class Choices:
         self.tiles: dict[str, str] = {}
 
     def pick(self, shape: str, candidates: Mapping[str, T]) -> T:
-        """The candidate of a shape; the rule's where it has no name."""
+        """The candidate of a shape; the rule's where it has no name, or nothing to choose."""
         names = tuple(candidates)
-        if not shape:
+        if not shape or len(names) == 1:
             return candidates[names[0]]
         self.offered[shape] = names
         name = self._table.get(shape, "")

@@ -15,7 +15,7 @@ from mc_opt.targets._tile_table import Entry, Measured, Section
 V3, V4 = _machine.named("x86-64-v3"), _machine.named("x86-64-v4")
 ENTRY = Entry(
     "1x14x32",
-    (Measured("2x7x32", 12.345678, 1.0), Measured("1x14x32", 11.0, 0.9), Measured("9x9x9", failed='says "no"')),
+    (Measured("2x7x32", 12.35, 1.0), Measured("1x14x32", 11.0, 0.9), Measured("9x9x9", failed='says "no"')),
 )
 BY_RULE = Entry("1x1x16", (Measured("1x1x16", 3.0, 1.0),))
 
@@ -48,6 +48,14 @@ def test_the_order_of_measuring_leaves_no_trace():
     assert json.loads(there.text())["machines"][0]["processor"] == _machine.processor()
 
 
+def test_a_table_in_memory_is_the_one_in_its_file(tmp_path: Path):
+    entry = Entry("a", (Measured("a", 12.345678, 1 / 3), Measured("b", failed="so")))
+    table = TileTable().with_entry(V3, "a", entry)
+    (tmp_path / "t.json").write_text(table.text())
+    assert TileTable.read(tmp_path / "t.json") == table
+    assert table.sections[0].shapes["a"].candidates[0] == Measured("a", 12.35, 0.3333)
+
+
 def test_entries_count_for_their_machine_and_version_alone(monkeypatch: pytest.MonkeyPatch):
     table = TileTable().with_entry(V3, "a", ENTRY)
     assert table.section(V3).tiles() == {"a": "1x14x32"}
@@ -55,17 +63,23 @@ def test_entries_count_for_their_machine_and_version_alone(monkeypatch: pytest.M
     int8 = dataclasses.replace(V3, activations="int8")
     for machine in (V4, on_two, int8):
         assert table.section(machine).tiles() == {}
-        assert table.others(machine) == (f"{table.section(V3)}: 1 shapes",)
-    assert table.others(V3) == ()
+        assert table.others(table.section(machine)) == (table.section(V3),)
+    assert table.others(table.section(V3)) == ()
     monkeypatch.setattr("mc_opt.__version__", "99")
     assert table.section(V3).tiles() == {}
-    assert table.others(V3) == (f"{table.sections[0]}: 1 shapes",)
+    assert table.others(table.section(V3)) == table.sections
 
 
 def test_a_machine_elsewhere_of_the_same_kind_uses_it(monkeypatch: pytest.MonkeyPatch):
     table = TileTable().with_entry(V3, "a", ENTRY)
     monkeypatch.setattr(_machine, "processor", lambda: "another")
     assert table.section(V3).tiles() == {"a": "1x14x32"}
+
+
+def test_what_a_section_is_called():
+    assert str(Section("1", "2", "x86", "toaster", (), 2, "int8")) == (
+        "x86{cpu=toaster threads=2 activations=int8}, mc-opt 1, TVM 2"
+    )
 
 
 def test_what_an_entry_tells():

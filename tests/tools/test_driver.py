@@ -93,7 +93,7 @@ def test_a_run_writes_model_report_and_timings(path: Path) -> None:
     for output in report["outputs"]:
         assert output["sha256"] == hashlib.sha256((out / output["path"]).read_bytes()).hexdigest()
     made = {"name": "fake", "resolved": "fake{cpu=toaster}", "kernels": ["gemm"], "fallbacks": ["Relu r: slow"]}
-    assert report["targets"] == [made | {"drift": {}}]
+    assert report["targets"] == [made | {"drift": {}, "tuning": None}]
     assert "saved file gives the same outputs in ONNX Runtime" in report["checks"]
     timings = json.loads((out / "timings.json").read_text())
     assert set(timings["stages"]) >= {"load", "passes", "save", "build fake"}

@@ -11,7 +11,7 @@ import click
 from mc_opt.tools import _console, _failure, _request, _sections, _train_options
 
 if TYPE_CHECKING:
-    from mc_opt.passes import PassReport, Report, TrainingReport
+    from mc_opt.passes import PassReport, Report, TrainingReport, TuningReport
     from mc_opt.tools.driver import Outcome
 
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--dump", is_flag=True, help="Write the model as text after every pass to DIR/ir.")
 @click.option("--stop-after", metavar="PASS", help="End after this pass.")
 @click.option("--memory-limit", metavar="SIZE", help="Skip checks that need more, as in 4GiB.")
+@_request.tune_options
 @_train_options.train_options
 @_console.common_options
 @click.pass_obj
@@ -82,11 +83,29 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
             click.echo(f"  {_apart(target.drift)}")
         for line in target.fallbacks:
             click.echo(f"  general form: {line}")
+        if target.tuning is not None:
+            _print_tuning(target.tuning)
     for unchecked in report.unchecked:
         click.echo(f"not checked: {unchecked.check}: {unchecked.reason}")
     if outcome.out is not None:
         for file in report.outputs:
             click.echo(f"{outcome.out / file.path}  {_console.size_text(file.bytes)}")
+
+
+def _print_tuning(tuning: TuningReport) -> None:
+    """What a table of tiles did: shape by shape where it chose another than the rule."""
+    parts = [f"{tuning.measured} shapes measured{f' on {tuning.processor}' if tuning.processor else ''}"]
+    parts.append(f"{len(tuning.tuned)} faster than the rule's")
+    if tuning.by_rule:
+        parts.append(f"{len(tuning.by_rule)} not in the table: the rule's")
+    if tuning.failed:
+        parts.append(f"{tuning.failed} candidates failed")
+    click.echo(f"  tiles: {', '.join(parts)}")
+    for kernel in tuning.tuned:
+        share = "" if kernel.ratio is None else f", {kernel.ratio:.2f} of the time"
+        click.echo(f"    {kernel.shape}: {kernel.tile} instead of {kernel.rule}{share}")
+    for line in tuning.unused:
+        click.echo(f"  not used, of another machine or version: {line}")
 
 
 def _users(outcome: Outcome) -> dict[str, str]:
