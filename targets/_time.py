@@ -10,6 +10,9 @@ from mc_opt.targets._base import Price
 
 # A byte that is moved into another order takes as long as so many that only pass from one kernel to the next.
 _MOVES = 2
+# One vector of outputs reads a number of the input for each multiply-add, where two fit in the time of 1.6 reads: the
+# rule of `kernels/_tile.py`.
+_ALONE = 1.6
 
 
 def predicted_time(
@@ -25,9 +28,10 @@ def predicted_time(
     """Nanoseconds that our kernels take for one layer on one core.
 
     Of every stage of a chain (a dense layer is a chain of one factor): its multiply-adds, where the dimension that
-    stands in vectors is rounded up to whole vectors; its weights, read once; what it writes for the next kernel to
-    read; what it costs to transpose channels behind those that it sums over, where that is cheaper than short vectors;
-    and what a call of a kernel costs beside them. Padding, tails of tiles and misses of a cache are not modelled.
+    stands in vectors is rounded up to whole vectors, and one vector alone waits for what it reads; its weights, read
+    once; what it writes for the next kernel to read; what it costs to transpose channels behind those that it sums
+    over, where that is cheaper than short vectors; and what a call of a kernel costs beside them. Padding, tails of
+    tiles and misses of a cache are not modelled.
 
     Args:
         shapes: the factors' shapes, factor 1 first; of a dense layer [its weight's], [F, C / group, K_1, ..].
@@ -61,20 +65,27 @@ def _stage_time(
     depth = chain.inputs(k) * math.prod(chain.kernel(k)) * math.prod(chain.rank(r) for r in stage.summed)
     if k == 1:  # the factor's outputs are those of all groups
         made //= group
-    rows = place * before * passed * groups * group
-    # Vectors along what the stage makes; or, with channels behind, along these if no transposition is cheaper.
-    steps = rows * behind * depth * _filled(made, price.lanes)
+    channels = groups * group
+    rows = place * before * passed * channels
     moved = 0
-    if behind > 1:
-        moved = rows * behind * (depth + made) * itemsize
-        left = rows * depth * made * behind * price.lanes // math.gcd(behind, price.lanes)
-        if left * (price.mul + price.add) <= steps * (price.mul + price.add) + moved * _MOVES * price.traffic:
-            steps, moved = left, 0
+    if channels > 1 and made == behind == 1 and depth == math.prod(chain.kernel(k)):  # depthwise: groups in vectors
+        steps = rows // channels * _filled(channels, price.lanes) * depth
+    elif channels == 1 < behind < price.lanes and price.lanes % behind == 0:  # these vectors hold several outputs each
+        steps = rows * _filled(made * behind, price.lanes) * depth
+    else:
+        # Vectors along what the stage makes; or, with channels behind, along these if no transposition is cheaper.
+        steps = rows * behind * depth * _filled(made, price.lanes)
+        if behind > 1:
+            moved = rows * behind * (depth + made) * itemsize
+            left = rows * depth * made * behind * price.lanes // math.gcd(behind, price.lanes)
+            if left * (price.mul + price.add) <= steps * (price.mul + price.add) + moved * _MOVES * price.traffic:
+                steps, moved = left, 0
     written = rows * made * behind * itemsize + moved * _MOVES
     weights = math.prod(chain.shapes[k - 1]) * itemsize
     return steps * (price.mul + price.add) + weights * price.bytes + written * price.traffic + price.call
 
 
-def _filled(count: int, lanes: int) -> int:
+def _filled(count: int, lanes: int) -> float:
     """Numbers that stand in vectors, filled up; a vector shorter than the register takes as long."""
-    return -(-count // lanes) * lanes
+    vectors = -(-count // lanes)
+    return lanes * max(vectors, _ALONE if lanes > 1 else 1.0)

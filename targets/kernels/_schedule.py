@@ -26,6 +26,9 @@ _PARALLEL_WORK = 1 << 20
 _UNROLLED_STEPS = 32
 _UNROLLED_PRODUCTS = 96
 
+# Vectors of sums that a reduction keeps in registers.
+_SUMS = 16
+
 _SPATIAL, _REDUCE = 0, 2
 # relax.OpPatternKind of an injective function.
 _INJECTIVE = 2
@@ -334,7 +337,10 @@ def _reduction(state: Any, block: Any, machine: Machine) -> None:
     lanes = machine.lanes
     if kept and _extent(state, kept[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=True):
         whole, lane = state.split(kept.pop(), [None, lanes])
-        state.reorder(*kept, whole, *steps, lane)
+        # Several vectors at once hide the latency of a sum, and read whole runs of memory.
+        whole, held = state.split(whole, [None, _divisor(_extent(state, whole), _SUMS)])
+        state.reorder(*kept, whole, *steps, held, lane)
+        state.unroll(held)
         state.vectorize(lane)
         _parallel(state, [*kept, whole], work, machine)
         state.decompose_reduction(block, steps[0])
@@ -343,6 +349,11 @@ def _reduction(state: Any, block: Any, machine: Machine) -> None:
         _lane_sums(state, block, steps[-1], lanes)
         return
     _parallel(state, kept, work, machine)
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest number up to `most` that divides `count`."""
+    return max(d for d in range(1, most + 1) if count % d == 0)
 
 
 def _reads_last(state: Any, block: Any, *, kept_axis: bool) -> bool:

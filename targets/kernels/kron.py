@@ -181,7 +181,7 @@ def _run(
             y, positions = _multiply_left(running, step, block, added)
         elif chain.spatial:
             y, positions = _convolve(running, step, added)
-        elif place.groups or (dims.is_static(running.positions) and e.machine.kind != "cuda"):
+        elif place.groups or _takes_rows(running, last=last):
             y = _multiply_rows(running, step, added)
         else:
             y = _multiply(running, step, added)
@@ -332,6 +332,18 @@ def _convolve(running: Running, step: Step, bias: Bias) -> tuple[relax.Expr, lis
     return y, dims.sizes(y)[: len(running.positions)]
 
 
+def _takes_rows(running: Running, *, last: bool) -> bool:
+    """Whether the loops of a convolution take all rows; what follows the last stage runs in them if no view does."""
+    if running.e.machine.kind == "cuda" or not dims.is_static(running.positions):
+        return False
+    return not last or _are_pictures(running.positions)
+
+
+def _are_pictures(positions: Sequence[Dim]) -> bool:
+    """Whether rows stand as pictures of one axis with enough positions for tiles: a batch of sequences."""
+    return dims.is_static(positions) and len(positions) == 2 and (positions[1] >= _FEW or positions[0] == 1)
+
+
 def _multiply_rows(running: Running, step: Step, bias: Bias) -> relax.Expr:
     """A product as a convolution without taps: of all rows, or, with a matrix a group, of every row as a picture."""
     e, place = running.e, step.place
@@ -343,6 +355,8 @@ def _multiply_rows(running: Running, step: Step, bias: Bias) -> relax.Expr:
 def _pictures(running: Running, kept: int, channels: Sequence[str], *, is_one: bool) -> relax.Expr:
     """Rows of `kept` positions as pictures of one axis; all in one if it is wanted and their number is known."""
     count, depth = dims.product(running.positions), running.size(channels)
+    if kept == 1 and _are_pictures(running.positions):
+        return running.view([*running.positions, depth])
     is_one = is_one and isinstance(count, int)
     return running.view([1, count * kept, depth] if is_one else [count, kept, depth])
 

@@ -21,8 +21,23 @@ def test_whole_vectors_of_factors_take_their_multiplications():
 
 
 def test_a_vector_is_paid_for_whole():
-    times = [targets.predicted_time([(n, 32)], outputs=100, price=PRICE) for n in (16, 17, 32, 33)]
-    assert times == [times[0], 2 * times[0], 2 * times[0], 3 * times[0]]
+    times = [targets.predicted_time([(n, 32)], outputs=100, price=PRICE) for n in (17, 32, 33, 48)]
+    assert times == [times[0], times[0], 1.5 * times[0], 1.5 * times[0]]
+
+
+def test_one_vector_alone_waits_for_what_it_reads():
+    times = [targets.predicted_time([(n, 32)], outputs=100, price=PRICE) for n in (3, 16, 32)]
+    assert times[0] == times[1] == pytest.approx(0.8 * times[2])
+
+
+def test_a_few_channels_behind_share_vectors():
+    # Factor 2 makes 4 outputs, 8 numbers with its rank of 2, of every first channel; factor 1 then 32 x 4 numbers.
+    time = targets.predicted_time([(2, 32, 8, 1, 1), (2, 4, 2, 1, 1)], 1, outputs=100, price=PRICE)
+    assert time == pytest.approx(2 * 100 * (8 * 2 * 1.6 * 16 + 8 * 2 * 128))
+
+
+def test_depthwise_groups_stand_in_vectors():
+    assert targets.predicted_time([(64, 1, 3, 3)], outputs=100, group=64, price=PRICE) == 2 * 100 * 64 * 9
 
 
 # Factor 1 runs first, from 4 x 4 inputs of a row to 4 x 4, then factor 2 to 4 x 16.
