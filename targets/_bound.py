@@ -1,14 +1,16 @@
 """What the compiled main is given once, when it is loaded: its constants, and places for what it computes on the way.
 
 A run then makes hardly more calls than its kernels. The constants leave the library for a file of their own, so that a
-loader reads them to where it wants them, and holds them once. The library's function `constants` says what stands where
-in the file, its function `places` makes the tensors that no caller gets to see; both are main's last arguments.
+loader reads them to where it wants them, and holds them once; tensors of fixed sizes that no caller gets to see have
+their places in one workspace. The library's functions `constants` and `places` return rows of (type, shape, offset),
+which say what stands where in the file and in the workspace: main's last arguments, in this order.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from mc_opt.targets._plan import ALIGNMENT
+from mc_opt.targets import _plan
+from mc_opt.targets._plan import ALIGNMENT, Lifetime
 
-_ALLOCATIONS = ("relax.vm.alloc_storage", "relax.vm.alloc_tensor")
-_VIEW = "vm.builtin.reshape"
 _KILL = "relax.vm.kill_object"
+
+Row = tuple[str, tuple[int, ...], int]
 
 
 class Constants:
@@ -61,75 +64,103 @@ def bind(constants: Constants) -> tvm.transform.Pass:
         names = {v.name_hint: v for v in module.functions}
         taken = sorted({"constants", "places"} & set(names))
         assert not taken, f"a kernel is called {taken[0]}, as a function of every artefact is"
-        reader = _Reader(module[names["main"]], constants)
-        main = reader.main()
+        given, made = _Parameters("constant"), _Parameters("place")
+        main = _Main(module[names["main"]]).bound(constants, given, made)
         module = module.clone()
         module[names["main"]] = main
-        module[tvm.ir.GlobalVar("constants")] = _function([], reader.rows)
-        module[tvm.ir.GlobalVar("places")] = _function(reader.made, reader.places())
+        module[tvm.ir.GlobalVar("constants")] = given.function()
+        module[tvm.ir.GlobalVar("places")] = made.function()
         return module
 
     return tvm.transform.module_pass(run, opt_level=0, name="Bind")
 
 
-class _Reader:
-    """Takes main apart: what is given once, and what stays."""
+class _Parameters:
+    """New parameters of main, one for each row that is asked for."""
 
-    def __init__(self, main: Any, constants: Constants) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.variables: dict[Row, Any] = {}
+
+    def variable(self, row: Row) -> Any:
+        """The parameter of a row."""
+        if row not in self.variables:
+            kind = relax.TensorType(row[1], row[0])
+            self.variables[row] = relax.Var(f"{self._name}_{len(self.variables)}", kind)
+        return self.variables[row]
+
+    def function(self) -> Any:
+        """A function without arguments that returns the rows."""
+        bindings = list[Any]()
+        for kind, shape, offset in self.variables:
+            value = relax.Tuple([tvm.ir.StringImm(kind), relax.ShapeExpr(shape), relax.ShapeExpr([offset])])
+            bindings.append(relax.VarBinding(relax.Var(f"row_{len(bindings)}", value.ty), value))
+        rows = relax.Tuple([binding.var for binding in bindings])
+        result = relax.Var("rows", rows.ty)
+        block = relax.BindingBlock([*bindings, relax.VarBinding(result, rows)])
+        return relax.Function([], relax.SeqExpr([block], result), rows.ty, is_pure=False)
+
+
+class _Main:
+    """The lowered main, a straight list of bindings, taken apart."""
+
+    def __init__(self, main: Any) -> None:
         self._main = main
-        self._constants = constants
         self._bindings = [b for block in main.body.blocks for b in block.bindings]
-        self._returned = _returned(main.body.body, {b.var: b.value for b in self._bindings})
-        self._parameters: dict[tuple[int, tuple[int, ...], str], Any] = {}
-        self._used: set[Any] = set()
-        self.rows: list[Any] = []
-        self.made: list[Any] = []
+        returned = _returned(main.body.body, {b.var: b.value for b in self._bindings})
+        # Tensors of the workspace and their views, each with the tensor whose memory it is.
+        self._owned: dict[Any, Any] = {}
+        others: set[Any] = set()
+        storages: list[Any] = []
+        for binding in self._bindings:
+            variable, value = binding.var, binding.value
+            match _callee(value):
+                case "relax.vm.alloc_storage":
+                    storages.append(variable)
+                case "relax.vm.alloc_tensor" if variable not in returned and _is_fixed(value.args[2]):
+                    self._owned[variable] = variable
+                case "relax.vm.alloc_tensor":
+                    others.add(value.args[0])
+                case "vm.builtin.reshape" if variable not in returned and _is_fixed(value.args[1]):
+                    if value.args[0] in self._owned:
+                        self._owned[variable] = self._owned[value.args[0]]
+        self._dropped = {*self._owned, *(v for v in storages if v not in others)}
 
-    def main(self) -> Any:
+    def bound(self, constants: Constants, given: _Parameters, made: _Parameters) -> Any:
         """Main with its last parameters."""
-        owned: set[Any] = set()
+        offsets = self._offsets()
+
+        def argument(expr: Any) -> Any:
+            if isinstance(expr, relax.Var) and expr in self._owned:
+                return made.variable((*_type(expr), offsets[self._owned[expr]]))
+            if isinstance(expr, tvm.ir.GenericConst) and isinstance(expr.value, tvm.runtime.Tensor):
+                array = expr.value.numpy()
+                return given.variable((str(array.dtype), array.shape, constants.offset(array)))
+            return expr
+
         kept = []
         for binding in self._bindings:
-            if self._is_made_once(binding, owned):
-                owned.add(binding.var)
-                self.made.append(binding)
-            elif not _kills(binding.value, owned):
-                kept.append(relax.VarBinding(binding.var, self._given(binding.value, owned)))
-        parameters = [*self._main.params, *self._parameters.values(), *self.places()]
+            value = binding.value
+            kills = _callee(value) == _KILL and value.args[0] in self._dropped
+            if binding.var not in self._dropped and not kills:
+                kept.append(relax.VarBinding(binding.var, _replaced(value, argument)))
+        parameters = [*self._main.params, *given.variables.values(), *made.variables.values()]
         body = relax.SeqExpr([relax.BindingBlock(kept)], self._main.body.body)
         return relax.Function(parameters, body, self._main.ret_ty, self._main.is_pure, self._main.attrs)
 
-    def places(self) -> list[Any]:
-        """The variables of tensors that main still speaks of."""
-        return [b.var for b in self.made if b.var in self._used]
-
-    def _is_made_once(self, binding: Any, owned: set[Any]) -> bool:
-        """Whether a binding allocates, or views, memory of a fixed size that does not leave main."""
-        value = binding.value
-        if binding.var in self._returned or _callee(value) not in (*_ALLOCATIONS, _VIEW):
-            return False
-        return all(a in owned if isinstance(a, relax.Var) else _is_fixed(a) for a in value.args)
-
-    def _given(self, value: Any, owned: set[Any]) -> Any:
-        """A binding's value with parameters for its constants."""
-        if isinstance(value, relax.Tuple):
-            return relax.Tuple([self._argument(a, owned) for a in value.fields])
-        if not isinstance(value, relax.Call):
-            return value
-        arguments = [self._argument(a, owned) for a in value.args]
-        return relax.Call(value.op, arguments, value.attrs, value.ty_args, ret_ty=value.ty)
-
-    def _argument(self, argument: Any, owned: set[Any]) -> Any:
-        if isinstance(argument, relax.Var) and argument in owned:
-            self._used.add(argument)
-        if not isinstance(argument, tvm.ir.GenericConst) or not isinstance(argument.value, tvm.runtime.Tensor):
-            return argument
-        array = argument.value.numpy()
-        row = (self._constants.offset(array), array.shape, str(array.dtype))
-        if row not in self._parameters:
-            self._parameters[row] = relax.Var(f"constant_{len(self.rows)}", argument.ty)
-            self.rows.append(relax.Tuple([tvm.ir.StringImm(row[2]), relax.ShapeExpr(row[1]), relax.ShapeExpr(row[:1])]))
-        return self._parameters[row]
+    def _offsets(self) -> dict[Any, int]:
+        """Where each tensor stands in the workspace: two that are needed at the same step stand apart."""
+        steps: dict[Any, list[int]] = {v: [] for v, tensor in self._owned.items() if v == tensor}
+        behind: dict[Any, set[Any]] = {v: {tensor} for v, tensor in self._owned.items()}
+        for step, binding in enumerate(self._bindings):
+            if _callee(binding.value) == _KILL:
+                continue
+            used = {tensor for part in _parts(binding.value) for tensor in behind.get(part, ())}
+            for tensor in used:
+                steps[tensor].append(step)
+            behind.setdefault(binding.var, used)  # a tuple, or another name
+        lives = [Lifetime(_size(v), min(at, default=0), max(at, default=0)) for v, at in steps.items()]
+        return dict(zip(steps, _plan.plan(lives).offsets, strict=True))
 
 
 def _returned(result: Any, values: dict[Any, Any]) -> set[Any]:
@@ -138,16 +169,41 @@ def _returned(result: Any, values: dict[Any, Any]) -> set[Any]:
     waiting = [result]
     while waiting:
         expr = waiting.pop()
-        if isinstance(expr, relax.Var) and expr not in found:
+        if expr in found:
+            continue
+        if isinstance(expr, relax.Var):
             found.add(expr)
-            waiting.extend([values[expr]] if expr in values else [])
-        elif isinstance(expr, relax.Tuple):
-            waiting.extend(expr.fields)
-        elif isinstance(expr, relax.TupleGetItem):
-            waiting.append(expr.tuple_value)
-        elif isinstance(expr, relax.Call):
-            waiting.extend(expr.args)
+        waiting.extend(_parts(values.get(expr, expr) if isinstance(expr, relax.Var) else expr))
     return found
+
+
+def _parts(value: Any) -> list[Any]:
+    """What an expression is made of."""
+    match value:
+        case relax.Tuple():
+            return list(value.fields)
+        case relax.TupleGetItem():
+            return [value.tuple_value]
+        case relax.Call():
+            return list(value.args)
+        case relax.Var():
+            return [value]
+        case _:
+            return []
+
+
+def _replaced(value: Any, argument: Callable[[Any], Any]) -> Any:
+    """An expression with its parts replaced."""
+    match value:
+        case relax.Tuple():
+            return relax.Tuple([argument(part) for part in value.fields])
+        case relax.TupleGetItem():
+            return relax.TupleGetItem(argument(value.tuple_value), value.index)
+        case relax.Call():
+            arguments = [argument(part) for part in value.args]
+            return relax.Call(value.op, arguments, value.attrs, value.ty_args, ret_ty=value.ty)
+        case _:
+            return argument(value)
 
 
 def _callee(value: Any) -> str:
@@ -159,25 +215,14 @@ def _callee(value: Any) -> str:
     return value.op.name if isinstance(value.op, tvm.ir.Op) else ""
 
 
-def _is_fixed(argument: Any) -> bool:
-    if isinstance(argument, relax.ShapeExpr):
-        return all(isinstance(d, tvm.tirx.IntImm) for d in argument.values)
-    return True
+def _is_fixed(shape: Any) -> bool:
+    return isinstance(shape, relax.ShapeExpr) and all(isinstance(d, tvm.tirx.IntImm) for d in shape.values)
 
 
-def _kills(value: Any, owned: set[Any]) -> bool:
-    return _callee(value) == _KILL and value.args[0] in owned
+def _type(variable: Any) -> tuple[str, tuple[int, ...]]:
+    return str(variable.ty.dtype), tuple(int(d) for d in variable.ty.shape)
 
 
-def _function(bindings: Sequence[Any], fields: Sequence[Any]) -> Any:
-    """A function without arguments that returns the fields, whose tuples get names of their own."""
-    bound, named = list(bindings), list[Any]()
-    for field in fields:
-        if isinstance(field, relax.Tuple):
-            bound.append(relax.VarBinding(relax.Var(f"row_{len(named)}", field.ty), field))
-            field = bound[-1].var
-        named.append(field)
-    result = relax.Tuple(named)
-    last = relax.Var("result", result.ty)
-    block = relax.BindingBlock([*bound, relax.VarBinding(last, result)])
-    return relax.Function([], relax.SeqExpr([block], last), result.ty, is_pure=False)
+def _size(variable: Any) -> int:
+    kind, shape = _type(variable)
+    return math.prod(shape) * np.dtype(kind).itemsize

@@ -56,15 +56,20 @@ _ON_PROCESSOR = {
     "@BINDING@": """@CHECK@
 const size_t kLargePage = 2 << 20;
 
-// The constants beside the library, in memory that is read faster in large pages.
-char* ReadConstants(const std::string& path) {
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  if (!file) throw std::runtime_error(path + ": cannot be read; it belongs beside model.so");
-  size_t bytes = file.tellg();
+// Memory for good; it is read faster in large pages.
+char* Allocate(size_t bytes) {
   size_t page = bytes < kLargePage ? 64 : kLargePage;
   char* memory = static_cast<char*>(std::aligned_alloc(page, (bytes / page + 1) * page));
   if (!memory) throw std::bad_alloc();
   if (bytes >= kLargePage) madvise(memory, bytes, MADV_HUGEPAGE);
+  return memory;
+}
+
+char* ReadConstants(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) throw std::runtime_error(path + ": cannot be read; it belongs beside model.so");
+  size_t bytes = file.tellg();
+  char* memory = Allocate(bytes);
   if (!file.seekg(0).read(memory, bytes)) throw std::runtime_error(path + ": cannot be read");
   return memory;
 }
@@ -75,19 +80,30 @@ struct Place {
   void FreeData(DLTensor*) {}
 };
 
-// Main takes, behind the inputs, the constants and the tensors that it computes on the way.
-ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
-  static char* memory = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin");
-  std::vector<ffi::Any> bound = {ffi::String("main"), ffi::String("bound"), 1};
-  using Rows = ffi::Array<ffi::Array<ffi::Any>>;
-  for (const ffi::Array<ffi::Any>& row : machine->GetFunction("constants").value()().cast<Rows>()) {
-    Place place{memory + row[2].cast<ffi::Shape>()[0]};
+// The tensors that rows of (type, shape, offset) tell of; without memory, in some that is large enough.
+void Append(const ffi::Any& table, char* memory, std::vector<ffi::Any>* tensors) {
+  auto rows = table.cast<ffi::Array<ffi::Array<ffi::Any>>>();
+  size_t bytes = 0;
+  for (const ffi::Array<ffi::Any>& row : rows) {
     DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
-    bound.push_back(ffi::Tensor::FromNDAlloc(place, row[1].cast<ffi::Shape>(), dtype, DLDevice{kDLCPU, 0}));
+    size_t size = (dtype.bits + 7) / 8;
+    for (int64_t extent : row[1].cast<ffi::Shape>()) size *= extent;
+    bytes = std::max(bytes, row[2].cast<ffi::Shape>()[0] + size);
   }
-  for (const ffi::Any& place : machine->GetFunction("places").value()().cast<ffi::Array<ffi::Any>>()) {
-    bound.push_back(place);
+  if (!memory) memory = Allocate(bytes);
+  for (const ffi::Array<ffi::Any>& row : rows) {
+    DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
+    Place place{memory + row[2].cast<ffi::Shape>()[0]};
+    tensors->push_back(ffi::Tensor::FromNDAlloc(place, row[1].cast<ffi::Shape>(), dtype, DLDevice{kDLCPU, 0}));
   }
+}
+
+// Main takes, behind the inputs, the constants and places for what it computes on the way.
+ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
+  char* constants = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin");
+  std::vector<ffi::Any> bound = {ffi::String("main"), ffi::String("bound"), 1};
+  Append(machine->GetFunction("constants").value()(), constants, &bound);
+  Append(machine->GetFunction("places").value()(), nullptr, &bound);
   std::vector<ffi::AnyView> views(bound.begin(), bound.end());
   ffi::Any nothing;
   machine->GetFunction("save_function").value().CallPacked(views.data(), static_cast<int32_t>(views.size()), &nothing);
@@ -158,9 +174,11 @@ _TEMPLATE = r"""// Loads model.so@WHERE@ and runs it once: runner model.so input
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>

@@ -152,16 +152,29 @@ static TVMFFIShapeCell shape_of(TVMFFIAny shape) {
   return *(TVMFFIShapeCell *)((char *)shape.v_obj + sizeof(TVMFFIObject));
 }
 
-/* A row of the function `constants`: type, shape, offset into the file. */
-static TVMFFIAny constant(TVMFFIAny row, char *memory) {
+/* What a row tells of: type, shape, offset into some memory. */
+static DLTensor described(TVMFFIAny row, size_t *offset) {
   TVMFFIAny type = item(row, 0);
   TVMFFIByteArray text = {type.v_bytes, type.small_str_len};
   if (type.type_index == kTVMFFIStr) text = *(TVMFFIByteArray *)((char *)type.v_obj + sizeof(TVMFFIObject));
   TVMFFIShapeCell shape = shape_of(item(row, 1));
   DLTensor tensor = {.device = {kDLCPU, 0}, .ndim = (int32_t)shape.size, .shape = (int64_t *)shape.data};
   if (TVMFFIDataTypeFromString(&text, &tensor.dtype)) exit(8);
-  tensor.data = memory + shape_of(item(row, 2)).data[0];
+  *offset = (size_t)shape_of(item(row, 2)).data[0];
+  return tensor;
+}
+
+static TVMFFIAny view(TVMFFIAny row, char *memory) {
+  size_t offset;
+  DLTensor tensor = described(row, &offset);
+  tensor.data = memory + offset;
   return of_tensor(tensor, 0);
+}
+
+static size_t end_of(TVMFFIAny row) {
+  size_t offset;
+  DLTensor tensor = described(row, &offset);
+  return offset + size_of(&tensor);
 }
 
 static TVMFFIObjectHandle bound(TVMFFIAny machine, const char *path) {
@@ -174,12 +187,18 @@ static TVMFFIObjectHandle bound(TVMFFIAny machine, const char *path) {
   fclose(file);
   TVMFFIAny rows = call(method(machine, "constants"), 0, 0), places = call(method(machine, "places"), 0, 0);
   int32_t given = count_of(rows), made = count_of(places), count = 0;
+  size_t needed = 0;
+  for (int32_t k = 0; k < made; ++k) {
+    size_t end = end_of(item(places, k));
+    if (end > needed) needed = end;
+  }
+  char *workspace = place(needed);
   TVMFFIAny *arguments = calloc((size_t)(3 + given + made), sizeof *arguments);
   arguments[count++] = of_text("main");
   arguments[count++] = of_text("bound");
   arguments[count++] = of_number(1);
-  for (int32_t k = 0; k < given; ++k) arguments[count++] = constant(item(rows, k), memory);
-  for (int32_t k = 0; k < made; ++k) arguments[count++] = item(places, k);
+  for (int32_t k = 0; k < given; ++k) arguments[count++] = view(item(rows, k), memory);
+  for (int32_t k = 0; k < made; ++k) arguments[count++] = view(item(places, k), workspace);
   call(method(machine, "save_function"), arguments, count);
   return method(machine, "bound");
 }
