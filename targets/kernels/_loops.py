@@ -18,6 +18,9 @@ from mc_opt.targets._relax.dims import Dim
 # The attribute of a PrimFunc that needs no schedule.
 SCHEDULED = "mc_opt.scheduled"
 
+# Operations of a loop that are worth starting threads for; the loops say how many they count an element.
+_WORTH = 1 << 18
+
 # Expressions, buffers and PrimFuncs of an untyped package.
 Expr = Any
 Buffer = Any
@@ -97,7 +100,7 @@ def each(length: Dim, machine: Machine, *, work: Dim = 0) -> Any:
     """A loop over [0, length), split among threads when `work` operations are worth it; on a GPU, a thread each."""
     if machine.kind == "cuda" and machine.cpu != _machine.HOST:
         return _a_thread_each(length)
-    if machine.threads > 1 and dims.nominal(work) >= 1 << 20 and dims.nominal(length) > 1:
+    if machine.threads > 1 and dims.nominal(work) >= _WORTH and dims.nominal(length) > 1:
         return T.parallel(0, length)
     return T.serial(0, length)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
+from mc_opt.targets.kernels import _loops, _split
 from mc_opt.targets.kernels._expressions import Expr, is_load, rebuilt, walk
 from mc_opt.targets.kernels._window import Sliding
 
-# A loop nest below this many element operations is over before another thread has woken up.
-_PARALLEL_WORK = 1 << 20
+# Bytes below which TVM keeps a buffer on the stack (kMaxStackAlloca), where LLVM makes registers of it. A larger one
+# comes from a pool: sums in it are read and written at every tile, and in a thread's code at every step.
+_STACK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +113,23 @@ def spans(length: int, size: int) -> list[Span]:
     return made + ([Span(whole * size, length - whole * size, 1)] if length % size else [])
 
 
+@dataclasses.dataclass(frozen=True)
+class Registers:
+    """A buffer for the sums of `count` positions of a tile, from `first` on."""
+
+    first: int
+    count: int
+    buffer: Any
+
+
 class Nest:
     """What both kinds of windows share: indices, outer loops, and the code of a tile."""
 
     def __init__(self, sums: Sums, window: Sliding, machine: Machine) -> None:
         self.sums, self.window, self.machine = sums, window, machine
         self.dtype, self.kind = str(sums.total.dtype), str(sums.kept[0].ty)
-        self.images, *positions, channels = sums.extents
+        # The rows of a matrix product are positions of one image.
+        self.images, *positions, channels = sums.extents if len(sums.extents) > 2 else [1, *sums.extents]
         self.positions, self.channels = [int(p) for p in positions], int(channels)
 
     def index(self, value: Expr | int) -> Expr:
@@ -137,24 +151,39 @@ class Nest:
             yield at
 
     @contextmanager
-    def outer(self, extents: Sequence[Any], work: int) -> Iterator[list[Expr]]:
+    def loops(self, extents: Sequence[Any]) -> Iterator[list[Expr]]:
+        """Serial loops, none for an extent of 1."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(self.serial(n)) if not _is_one(n) else self.index(0) for n in extents]
+
+    @contextmanager
+    def where(self, condition: Expr) -> Iterator[None]:
+        """Statements for where a condition holds."""
+        with T.If(condition), T.Then():
+            yield
+
+    @contextmanager
+    def outer(self, extents: Sequence[Any], nanoseconds: float) -> Iterator[list[Expr]]:
         """Serial loops; the first of them split among threads when the work is worth starting them."""
-        count, head = 1, 0
-        if self.machine.threads > 1 and work >= _PARALLEL_WORK:
-            while head < len(extents) and isinstance(extents[head], int) and count < 4 * self.machine.threads:
-                count *= extents[head]
-                head += 1
+        threads = _split.threads(nanoseconds, self.machine)
+        head = _split.depth(extents, threads) if threads > 1 else 0
         with ExitStack() as stack:
             at: list[Expr] = []
-            if count > 1:
-                rest = stack.enter_context(T.parallel(self.index(0), self.index(count)))
-                for extent in reversed(extents[:head]):
+            if head:
+                rest = stack.enter_context(T.parallel(self.index(0), self.index(math.prod(extents[:head]))))
+                for extent in reversed(extents[1:head]):
                     at.insert(0, rest % extent)
                     rest = rest // extent
-            else:
-                head = 0
-            at += [stack.enter_context(self.serial(n)) if not _is_one(n) else self.index(0) for n in extents[head:]]
+                at.insert(0, rest)
+            at += stack.enter_context(self.loops(extents[head:]))
             yield at
+
+    def registers(self, positions: int, held: int, lanes: int) -> list[Registers]:
+        """Room for the sums of `positions` of `held` vectors, in buffers that become registers."""
+        most = max(1, (_STACK - 1) // (held * lanes * np.dtype(self.dtype).itemsize))
+        each = -(-positions // -(-positions // most))
+        counts = [(first, min(each, positions - first)) for first in range(0, positions, each)]
+        return [Registers(first, n, _loops.registers(n * held, lanes, self.dtype)) for first, n in counts]
 
     def start(self, acc: Any, count: int, lanes: int) -> None:
         """Begin `count` vectors of sums."""

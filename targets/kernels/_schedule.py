@@ -15,11 +15,9 @@ from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _prefetch, _sliding, _window
+from mc_opt.targets.kernels import _prefetch, _sliding, _split, _window
 from mc_opt.targets.kernels._loops import SCHEDULED
 
-# A loop nest below this many element operations is over before another thread has woken up.
-_PARALLEL_WORK = 1 << 20
 # Reductions of a depthwise kernel up to this many steps are written out; of others up to so many multiply-adds of
 # vectors: above that LLVM moves loads ahead until the sums no longer fit in registers (measured: 24 steps of 28 vectors
 # take twice as long written out).
@@ -211,10 +209,10 @@ def _register_tile(state: Any, block: Any, machine: Machine, *, fused: bool) -> 
     if vector > 1:
         state.vectorize(lane)
     work = _work(state, [*order, *steps, *inner, registers, lane])
-    # Threads fuse the loop over panels, whose number the prefetch needs, with others.
+    # Threads may fuse the loop over panels, whose number the prefetch needs, with others.
     runs = _prefetch.runs(state, block, order, steps) if machine.threads == 1 else None
     steps = steps if runs is None else runs
-    _parallel(state, order[:-1], work, machine)
+    _parallel(state, order[:-1], work / _split.SUMS, machine)
     state.decompose_reduction(block, steps[0])
     if runs is not None:
         _prefetch.look_ahead(state, block, order[-2], order[-1], steps[0])
@@ -239,15 +237,15 @@ def _vectorise_tile(state: Any, block: Any, depth: int, vector: int) -> None:
         state.unroll(loop)
 
 
-def _parallel(state: Any, loops: Sequence[Any], work: int, machine: Machine) -> None:
+def _parallel(state: Any, loops: Sequence[Any], nanoseconds: float, machine: Machine) -> None:
     """Split the outermost loops among threads when the work is worth starting them."""
-    if machine.threads < 2 or work < _PARALLEL_WORK or not loops:
+    threads = _split.threads(nanoseconds, machine)
+    several = [x for x in loops if _work(state, [x]) > 1]
+    if threads < 2 or not several:
         return
-    chosen: list[Any] = []
-    for loop in loops:
-        chosen.append(loop)
-        if _work(state, chosen) >= 4 * machine.threads:
-            break
+    first = [x.same_as(several[0]) for x in loops].index(True)
+    depth = _split.depth([_work(state, [x]) for x in loops[first:]], threads)
+    chosen = loops[first : first + depth]
     state.parallel(state.fuse(*chosen) if len(chosen) > 1 else chosen[0])
 
 
@@ -269,7 +267,7 @@ def _elementwise(state: Any, block: Any, machine: Machine) -> None:
     """Vectors along the last axis; short or odd rows are first fused with the axes before them."""
     loops = list(state.get_loops(block))
     extents = [_extent(state, x) for x in loops]
-    work = _work(state, loops) * 8
+    work = _work(state, loops) / _split.ELEMENTS
     lanes = machine.lanes
     if extents[-1] % lanes and math.prod(extents) % lanes == 0 and _is_linear(state, block):
         loops = [state.fuse(*loops) if len(loops) > 1 else loops[0]]
@@ -302,7 +300,7 @@ def _crossed_axis(state: Any, block: Any) -> int | None:
 def _transposition(state: Any, loops: Sequence[Any], crossed: int, machine: Machine) -> None:
     """Blocks of one cache line by one vector, so that every line that is read or written is used up at once."""
     lanes = machine.lanes
-    work = _work(state, loops) * 8
+    work = _work(state, loops) / _split.ELEMENTS
     outer, inner = list(loops), list[Any]()
     for k in (len(loops) - 1, crossed):
         if _extent(state, loops[k]) > lanes:
@@ -333,7 +331,7 @@ def _reduction(state: Any, block: Any, machine: Machine) -> None:
     kinds, loops = _kinds(state, block), list(state.get_loops(block))
     kept = [x for x, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
     steps = [x for x, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
-    work = _work(state, loops)
+    work = _work(state, loops) / _split.ELEMENTS
     lanes = machine.lanes
     if kept and _extent(state, kept[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=True):
         whole, lane = state.split(kept.pop(), [None, lanes])

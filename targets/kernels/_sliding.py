@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from tvm import tirx
@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _loops, _window
+from mc_opt.targets.kernels import _loops, _split, _window
 from mc_opt.targets.kernels._expressions import Expr
 from mc_opt.targets.kernels._nest import Nest, read_sums
 from mc_opt.targets.kernels._sliding_dense import Dense
@@ -50,18 +50,32 @@ class Channelwise(Nest):
         borders = set(_window.border_tiles(last, width, wide))
         tiles = range(-(-width // wide))
         inner = [q for q in tiles if q not in borders]
-        work = math.prod(dims.nominal(n) for n in self.sums.extents) * math.prod(a.kernel for a in self.window.axes)
-        with self.outer([self.images, *self.positions[:-1]], work) as at:
-            for start, count, lanes in _loops.split(self.channels, self.window.vector):
-                with self.serial(count) as v:
-                    for q in tiles:
-                        if q in borders:
-                            size = min(wide, width - q * wide)
-                            self._tile(at, q * wide, size, v * lanes + start, lanes, is_border=True)
-                        elif q == inner[0]:
-                            with self.serial(len(inner)) as step:
-                                first = (step + inner[0]) * wide
-                                self._tile(at, first, wide, v * lanes + start, lanes, is_border=False)
+        taps = math.prod(dims.nominal(n) for n in self.sums.extents) * math.prod(a.kernel for a in self.window.axes)
+        first, *rest = _loops.split(self.channels, self.window.vector)
+        # Vectors of channels are a loop that threads may share: there are many where rows are few.
+        shared = [*self.positions[:-1], first[1]]
+        images = [self.images] if isinstance(self.images, int) else []
+        with ExitStack() as stack:
+            outside = [] if images else stack.enter_context(self.loops([self.images]))
+            *at, v = [*outside, *stack.enter_context(self.outer([*images, *shared], taps / _split.TAPS))]
+            self._row(at, v * first[2] + first[0], first[2], tiles, inner)
+            # What is left of a whole number of vectors, after the last of them.
+            with self.where(v == first[1] - 1) if rest and first[1] > 1 else nullcontext():
+                for start, count, lanes in rest:
+                    with self.serial(count) as u:
+                        self._row(at, u * lanes + start, lanes, tiles, inner)
+
+    def _row(self, at: Sequence[Expr], channel: Expr, lanes: int, tiles: Sequence[int], inner: Sequence[int]) -> None:
+        """A row of positions of some channels: the tiles at the border by themselves, the inner ones in a loop."""
+        width = self.positions[-1]
+        wide = _window.channelwise_width(width, self.machine)
+        for q in tiles:
+            if q not in inner:
+                size = min(wide, width - q * wide)
+                self._tile(at, q * wide, size, channel, lanes, is_border=True)
+            elif q == inner[0]:
+                with self.serial(len(inner)) as step:
+                    self._tile(at, (step + inner[0]) * wide, wide, channel, lanes, is_border=False)
 
     def _tile(self, at: Sequence[Expr], first: Any, wide: int, channel: Expr, lanes: int, *, is_border: bool) -> None:
         *upper, last = self.window.axes

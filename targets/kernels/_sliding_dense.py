@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,13 +14,34 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _loops, _tile
+from mc_opt.targets.kernels import _loops, _split, _tile
 from mc_opt.targets.kernels._expressions import Expr, is_load, walk
-from mc_opt.targets.kernels._nest import Nest, Span, Sums, spans
+from mc_opt.targets.kernels._nest import Nest, Registers, Span, Sums, spans
 from mc_opt.targets.kernels._window import Sliding
 
 # Channels that a block of the weight has at least: its sums are read and written once a block.
 _SHORTEST_BLOCK = 32
+# Passes over a panel that leave time to wait for the next one: with more, its first pass is a small part of all.
+_MOST_PASSES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    """Positions of an image: `rows` by `width` from a corner on."""
+
+    row: Expr | int
+    rows: int
+    column: Expr | int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    """A tile of columns of the weight: its vectors, its number, and how many of its columns are channels."""
+
+    held: int
+    number: Expr
+    valid: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +68,11 @@ class Dense(Nest):
 
     def __init__(self, sums: Sums, window: Sliding, machine: Machine) -> None:
         super().__init__(sums, window, machine)
-        loads = [x.source for x in walk(sums.term) if is_load(x)]
-        rank = len(window.axes)
-        self.source = next(b for b in loads if len(b.shape) == rank + 2)
-        self.weight = next(b for b in loads if len(b.shape) == rank + 3)
-        self.taps = [axis.kernel for axis in window.axes]
+        rank, position = len(window.axes), sums.kept[-2]
+        loads = [x for x in walk(sums.term) if is_load(x)]
+        moves = [any(x.same_as(position) for i in load.indices for x in walk(i)) for load in loads]
+        self.source, self.weight = loads[moves.index(True)].source, loads[moves.index(False)].source
+        self.taps = [axis.kernel for axis in window.axes][: len(self.weight.shape) - 3]  # a product has none
         self.flat = self._is_flat()
         rows = self.positions[-2] if rank > 1 else 1
         self.rows, self.width = (1, rows * self.positions[-1]) if self.flat else (rows, self.positions[-1])
@@ -59,6 +80,9 @@ class Dense(Nest):
         item = np.dtype(self.dtype).itemsize
         self.row_bytes = window.columns * item  # of one step of a panel
         self.bytes = math.prod(int(s) for s in self.weight.shape) * item
+        image = self.source.shape[1:] if len(self.source.shape) > 2 else self.source.shape
+        self.input_bytes = math.prod(dims.nominal(dims.dim(s)) for s in image) * item
+        self.groups = self._groups()
 
     def _is_flat(self) -> bool:
         """Whether the positions of an image may be counted in one row: source and results have the same."""
@@ -67,7 +91,7 @@ class Dense(Nest):
             return False
         if [int(s) for s in self.source.shape[1:-1]] != self.positions:
             return False
-        row, column = self.sums.consumer[rank - 1 : rank + 1]
+        row, column = self.sums.consumer[-3:-1]
         pairs = uses = 0
         width = self.positions[-1]
         values = [*self.sums.made.indices, self.sums.made.value]
@@ -78,64 +102,154 @@ class Dense(Nest):
         pairs += _pairs(self.sums.made.buffer, self.sums.made.indices, row, column, width)
         return bool(uses == 2 * pairs)
 
-    def write(self) -> None:
-        """Tiles of columns | images | blocks of the weight | tiles of positions; small weights inside the positions."""
+    def _groups(self) -> list[Span]:
+        """Panels of the same number of vectors: whole ones, and the last where it is cut short."""
         columns, vector = self.window.columns, self.window.vector
-        held = columns // vector
-        tile = _tile.Tile(1, 1, columns, vector)
+        whole, rest = divmod(self.channels, columns)
+        groups = [Span(0, columns // vector, whole)] if whole else []
+        return groups + ([Span(whole, -(-rest // vector), 1)] if rest else [])
+
+    def write(self) -> None:
+        """The whole, or a share of it for each thread: of images, of panels of the weight, or of positions."""
+        work = math.prod(dims.nominal(n) for n in [*self.sums.extents, *self.taps, self.sums.inputs])
+        threads = _split.threads(work / _split.SUMS, self.machine)
+        everywhere = _Region(0, self.rows, 0, self.width)
+        if threads == 1:
+            self._panels(0, self.images, everywhere, [(group, 0, group.count) for group in self.groups])
+            return
+        with T.parallel(self.index(0), self.index(threads)) as share:
+            if isinstance(self.images, int) and self.images % threads == 0:
+                images = self.images // threads
+                panels = [(group, 0, group.count) for group in self.groups]
+                self._panels(share * images, images, everywhere, panels)
+                return
+            left: list[tuple[Span, Expr | int, int]] = []
+            for group in self.groups:
+                each = group.count // threads if self._splits_panels(threads) else 0
+                if each:
+                    self._panels(0, self.images, everywhere, [(group, share * each, each)])
+                if group.count > each * threads:
+                    left.append((group, each * threads, group.count - each * threads))
+            if left:
+                self._each_region(share, threads, lambda region: self._panels(0, self.images, region, left))
+
+    def _splits_panels(self, threads: int) -> bool:
+        """Whether each thread reads a part of the weight and all of the input, rather than the other way round."""
+        evenness = max(_split.evenness(n, threads) for n in (self.rows, self.width))
+        return self.bytes > self.machine.l1 and (self.bytes > self.input_bytes or evenness < _split.EVEN)
+
+    def _each_region(self, share: Expr, threads: int, write: Callable[[_Region], None]) -> None:
+        """Write a thread's share of positions: rows or columns, whichever come out more even; they differ by one."""
+        is_by_rows = _split.evenness(self.rows, threads) >= _split.evenness(self.width, threads)
+        size, longer = divmod(self.rows if is_by_rows else self.width, threads)
+
+        def region(first: Expr, length: int) -> _Region:
+            return _Region(first, length, 0, self.width) if is_by_rows else _Region(0, self.rows, first, length)
+
+        if not longer:
+            write(region(share * size, size))
+            return
+        with T.If(share < longer):
+            with T.Then():
+                write(region(share * (size + 1), size + 1))
+            with T.Else():
+                if size:
+                    write(region(share * size + longer, size))
+                else:
+                    T.evaluate(0)
+
+    def _panels(
+        self, image: Expr | int, images: Any, region: _Region, panels: Sequence[tuple[Span, Expr | int, int]]
+    ) -> None:
+        """Some panels of the weight over a region of some images.
+
+        Panels outside | images | blocks of the weight | tiles of positions; a small weight inside the positions.
+        """
+        if self.bytes <= self.machine.l1:
+            rows, across = self._tiles(region, self.channels, self.window.columns)
+            with self.loops([images, *self.leading]) as (n, *leading):
+                at = [image + n, *leading]
+                for row in rows:
+                    with self.serial(row.count) as r:
+                        for span in across:
+                            with self.serial(span.count) as q:
+                                for group, first, count in panels:
+                                    with self.serial(count) as t:
+                                        panel = self._panel(group, first + t)
+                                        self._tile(at, region, (row, r), (span, q), panel, self._whole())
+            return
+        for group, first, count in panels:
+            wide = group.size * self.window.vector
+            rows, across = self._tiles(region, wide * group.count, wide)
+            block = self._block_channels(region, rows, across)
+            with self.loops([count, images, *self.leading]) as (t, n, *leading):
+                at, panel = [image + n, *leading], self._panel(group, first + t)
+                if block:
+                    self._blocks(at, region, rows, across, panel, block)
+                else:
+                    self._positions(at, region, rows, across, panel, self._whole())
+
+    def _tiles(self, region: _Region, channels: int, columns: int) -> tuple[list[Span], list[Span]]:
+        """The rows and columns of a region in tiles."""
         high, wide = self.window.high, self.window.wide
         if not wide:
-            high, wide = _tile.positions(self.rows, self.width, self.channels, tile, self.machine)
-        rows, across = spans(self.rows, high), spans(self.width, wide)
-        outer = [self.images, *self.leading]
-        work = math.prod(dims.nominal(n) for n in [*self.sums.extents, *self.taps, self.sums.inputs])
-        groups = [Span(0, held, self.channels // columns)] if self.channels >= columns else []
-        if self.channels % columns:
-            groups.append(Span(self.channels // columns, -(-(self.channels % columns) // vector), 1))
-        if self.bytes <= self.machine.l1:
-            for row in rows:
-                with self.outer([*outer, row.count], work) as (*at, r):
-                    for span in across:
-                        with self.serial(span.count) as q:
-                            for group in groups:
-                                with self.serial(group.count) as t:
-                                    self._tile(at, (row, r), (span, q), (group, t), self._whole())
-            return
-        block = self._block_channels(rows, across)
-        for group in groups:
-            with self.outer([group.count, *outer], work) as (t, *at):
-                if not block:
-                    self._positions(at, rows, across, (group, t), self._whole())
-                    continue
-                # Zeros from here on, not from the first block on: where it is touched is how long TVM keeps it.
-                places = self.rows * self.width * group.size
-                memory = T.sblock_alloc_buffer((places * vector,), self.dtype)
-                with self.serial(places) as k, self.unrolled(vector) as (lane,):
-                    T.buffer_store(memory, self.sums.start, [k * vector + lane])
-                blocks = self.sums.inputs // block
-                with ExitStack() as stack:
-                    taps = [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
-                    b = stack.enter_context(self.serial(blocks)) if blocks > 1 else self.index(0)
-                    last = [x == n - 1 for x, n in zip([*taps, b], [*self.taps, blocks], strict=True) if n > 1]
-                    part = _Block(taps, b * block, block, memory, tirx.all(*last))
-                    self._positions(at, rows, across, (group, t), part)
+            tile = _tile.Tile(1, 1, columns, self.window.vector)
+            high, wide = _tile.positions(region.rows, region.width, channels, tile, self.machine)
+        return spans(region.rows, high), spans(region.width, wide)
+
+    def _panel(self, group: Span, number: Expr) -> _Panel:
+        valid = min(self.channels - group.start * self.window.columns, group.size * self.window.vector)
+        return _Panel(group.size, group.start + number, valid)
 
     def _whole(self) -> _Block:
         return _Block((), 0, self.sums.inputs)
 
-    def _block_channels(self, rows: Sequence[Span], along: Sequence[Span]) -> int:
-        """Channels of a block of a panel that stays in the first-level cache; 0 where one pass takes the panel."""
+    def _block_channels(self, region: _Region, rows: Sequence[Span], along: Sequence[Span]) -> int:
+        """Channels of a block of a panel that stays in the first-level cache; 0 where one pass takes the panel.
+
+        A panel is cut where it, the next one, which is fetched meanwhile, and the input do not fit in the
+        second-level cache, while sums stay in a quarter of the first.
+        """
         passes = sum(r.count for r in rows) * sum(s.count for s in along)
         panel = math.prod(self.taps) * self.sums.inputs * self.row_bytes
-        sums = self.rows * self.width * self.row_bytes
-        if passes < 2 or panel <= self.machine.l1 or sums > self.machine.l1:
+        sums = region.rows * region.width * self.row_bytes
+        if passes < 2 or sums > self.machine.l1 // 4 or 2 * panel + self.input_bytes <= self.machine.l2:
             return 0
         most = self.machine.l1 // 2 // self.row_bytes
         divisors = [d for d in range(1, min(most, self.sums.inputs) + 1) if self.sums.inputs % d == 0]
         return divisors[-1] if divisors[-1] >= _SHORTEST_BLOCK else 0
 
+    def _blocks(
+        self,
+        at: Sequence[Expr],
+        region: _Region,
+        rows: Sequence[Span],
+        along: Sequence[Span],
+        panel: _Panel,
+        block: int,
+    ) -> None:
+        """One panel block by block, the sums of all positions in memory between them."""
+        vector, places = self.window.vector, region.rows * region.width * panel.held
+        # Zeros from here on, not from the first block on: where it is touched is how long TVM keeps it.
+        memory = T.alloc_buffer((places * vector,), self.dtype, annotations={"disable_lower_builtin": True})
+        with self.serial(places) as k, self.unrolled(vector) as (lane,):
+            T.buffer_store(memory, self.sums.start, [k * vector + lane])
+        blocks = self.sums.inputs // block
+        with ExitStack() as stack:
+            taps = [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
+            b = stack.enter_context(self.serial(blocks)) if blocks > 1 else self.index(0)
+            last = [x == n - 1 for x, n in zip([*taps, b], [*self.taps, blocks], strict=True) if n > 1]
+            part = _Block(taps, b * block, block, memory, tirx.all(*last))
+            self._positions(at, region, rows, along, panel, part)
+
     def _positions(
-        self, at: Sequence[Expr], rows: Sequence[Span], along: Sequence[Span], group: tuple[Span, Expr], part: _Block
+        self,
+        at: Sequence[Expr],
+        region: _Region,
+        rows: Sequence[Span],
+        along: Sequence[Span],
+        panel: _Panel,
+        part: _Block,
     ) -> None:
         across = sum(s.count for s in along)
         passes = across * sum(r.count for r in rows)
@@ -146,85 +260,103 @@ class Dense(Nest):
                 for span in along:
                     with self.serial(span.count) as q:
                         number = (r + before_rows) * across + q + before
-                        ahead = (number, passes) if part.memory is not None else None
-                        self._tile(at, (row, r), (span, q), group, part, ahead)
+                        ahead = (number, passes) if part.memory is not None or passes <= _MOST_PASSES else None
+                        self._tile(at, region, (row, r), (span, q), panel, part, ahead)
                     before += span.count
             before_rows += row.count
 
     def _tile(
         self,
         at: Sequence[Expr],
+        region: _Region,
         row: tuple[Span, Expr],
         span: tuple[Span, Expr],
-        group: tuple[Span, Expr],
+        panel: _Panel,
         part: _Block,
         ahead: tuple[Expr, int] | None = None,
     ) -> None:
         """One tile: begin or fetch its sums, add the block's steps, keep the sums or finish."""
-        vector = self.window.vector
-        high, wide, held = row[0].size, span[0].size, group[0].size
+        vector, held, tile, memory = self.window.vector, panel.held, panel.number, part.memory
+        high, wide = row[0].size, span[0].size
         row0, column0 = row[0].start + row[1] * high, span[0].start + span[1] * wide
-        tile, memory = group[0].start + group[1], part.memory
-        acc = _loops.registers(high * wide * held, vector, self.dtype)
+        sums = self.registers(high * wide, held, vector)
 
-        def register(i: Expr, j: Expr, v: Expr, lane: Expr) -> Expr:
-            return ((i * wide + j) * held + v) * vector + lane
+        def stored(k: Expr, v: Expr, lane: Expr) -> Expr:
+            return (((row0 + k // wide) * region.width + column0 + k % wide) * held + v) * vector + lane
 
-        def stored(i: Expr, j: Expr, v: Expr, lane: Expr) -> Expr:
-            return (((row0 + i) * self.width + column0 + j) * held + v) * vector + lane
+        def where(k: Expr) -> tuple[Expr, Expr]:
+            return region.row + row0 + k // wide, region.column + column0 + k % wide
 
         def fetch() -> None:
-            with self.unrolled(high, wide, held, vector) as k:
-                T.buffer_store(acc, memory[stored(*k)], [register(*k)])
+            for acc in sums:
+                with self.unrolled(acc.count, held, vector) as (k, v, lane):
+                    T.buffer_store(acc.buffer, memory[stored(acc.first + k, v, lane)], [(k * held + v) * vector + lane])
 
         def keep() -> None:
-            with self.unrolled(high, wide, held, vector) as k:
-                T.buffer_store(memory, acc[register(*k)], [stored(*k)])
+            for acc in sums:
+                with self.unrolled(acc.count, held, vector) as (k, v, lane):
+                    T.buffer_store(memory, acc.buffer[(k * held + v) * vector + lane], [stored(acc.first + k, v, lane)])
 
-        def finish() -> None:
-            valid = min(self.channels - group[0].start * self.window.columns, held * vector)
-            for first, count, width in _loops.split(valid, vector):
-                with self.unrolled(high, wide, count, width) as (i, j, v, lane):
+        def finish(acc: Registers) -> None:
+            for first, count, width in _loops.split(panel.valid, vector):
+                with self.unrolled(acc.count, count, width) as (k, v, lane):
                     offset = v * width + first + lane
-                    channel = tile * self.window.columns + offset
-                    kept = self._kept(at, row0 + i, column0 + j, channel)
-                    self.finish(acc, (i * wide + j) * held * vector + offset, kept)
+                    kept = self._kept(at, *where(acc.first + k), tile * self.window.columns + offset)
+                    self.finish(acc.buffer, k * held * vector + offset, kept)
+
+        def finish_all() -> None:
+            for acc in sums:
+                finish(acc)
 
         if memory is None:
-            self.start(acc, high * wide * held, vector)
+            for acc in sums:
+                self.start(acc.buffer, acc.count * held, vector)
         else:
             fetch()
         with ExitStack() as stack:
             taps = part.taps or [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
             c = stack.enter_context(self.serial(part.channels))
             if ahead is not None:
-                self._prefetch([tile, *taps, part.first], part.channels, ahead, c)
-            with self.unrolled(high, wide, held, vector) as (i, j, v, lane):
-                channel = tile * self.window.columns + v * vector + lane
-                kept = self._kept(at, row0 + i, column0 + j, channel)
-                self.add(acc, register(i, j, v, lane), kept, [*taps, part.first + c])
+                self._prefetch(panel, taps, part, ahead, c)
+            for acc in sums:
+                with self.unrolled(acc.count, held, vector) as (k, v, lane):
+                    channel = tile * self.window.columns + v * vector + lane
+                    kept = self._kept(at, *where(acc.first + k), channel)
+                    self.add(acc.buffer, (k * held + v) * vector + lane, kept, [*taps, part.first + c])
         if memory is None:
-            finish()
+            finish_all()
         else:
             with T.If(part.is_last):
                 with T.Then():
-                    finish()
+                    finish_all()
                 with T.Else():
                     keep()
 
     def _kept(self, at: Sequence[Expr], row: Expr, column: Expr, channel: Expr) -> list[Expr | int]:
+        if len(self.sums.kept) == 2:
+            return [column, channel]
         if len(self.window.axes) == 1:
             return [*at, column, channel]
         return [*at, 0 if self.flat else row, column, channel]
 
-    def _prefetch(self, where: Sequence[Expr | int], steps: int, ahead: tuple[Expr, int], step: Expr) -> None:
-        """Fetch a part of the next block: each pass over this one takes its share, evenly among the steps."""
-        number, passes = ahead
-        share = -(-self.window.columns // passes)
-        *tile, first = where
-        place = self.weight[(*tile, first, steps * self.window.columns + (number * steps + step) * share)]
-        read, keep, data = (tirx.const(k, "int32") for k in (0, 3, 1))
-        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", tirx.address_of(place), read, keep, data))
+    def _prefetch(self, panel: _Panel, taps: Sequence[Expr], part: _Block, ahead: tuple[Expr, int], c: Expr) -> None:
+        """Fetch a part of the next block or panel: each pass over this one takes its share, evenly among the steps.
+
+        Hardware looks ahead within a page of 4 KiB alone. An address beyond the last panel is no error.
+        """
+        (number, passes), columns = ahead, self.window.columns
+        if part.taps:
+            steps, step, first = part.channels, c, [*part.taps, part.first]
+        else:
+            steps, step, first = self.sums.inputs, c, [*(0 for _ in self.taps), 0]
+            for tap, count in zip(reversed(taps), reversed(self.taps), strict=True):
+                step, steps = step + tap * steps, steps * count
+        share = -(-columns // passes)
+        read, data = (tirx.const(k, "int32") for k in (0, 1))
+        nearest = tirx.const(3 if 2 * steps * self.row_bytes <= self.machine.l1 else 2, "int32")
+        for line in range(0, share, self.window.vector):
+            place = self.weight[(panel.number, *first, steps * columns + (number * steps + step) * share + line)]
+            T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", tirx.address_of(place), read, nearest, data))
 
 
 def _pairs(buffer: Any, indices: Sequence[Expr], row: Any, column: Any, width: int) -> int:

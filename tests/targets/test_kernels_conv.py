@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from mc_opt.targets.kernels import _split
+from tests.targets import _kernels
 from tests.targets._kernels import check, feeds, machine, model, normal, running
 
 pytestmark = pytest.mark.tvm
@@ -63,10 +67,43 @@ def test_residual_is_added_on_the_tile():
     check(text, {"w": normal(16, 16, 3, 3)})
 
 
-@pytest.mark.parametrize("name", ["blocks of the weight", "depthwise wide", "small weight"])
-def test_convolution_on_two_threads(name):
-    n, c, size, *rest = CASES[name]
-    check(*_conv_text((n, c, tuple(4 * s for s in size), *rest), "y = Relu(c)"), threads=2)
+BLOCKS = [
+    "point, blocks of the weight",
+    "blocks of the weight",
+    "blocks of the weight, groups",
+    "blocks, one dimension",
+]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_panel_that_no_cache_holds_is_multiplied_in_blocks(name, threads, monkeypatch):
+    small = dataclasses.replace(machine(), l2=1 << 14)
+    monkeypatch.setattr(_kernels, "machine", lambda _: small)
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    check(*_conv_text(CASES[name], "y = Relu(c)"), threads=threads)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_threads_share_every_convolution(name, threads, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    check(*_conv_text(CASES[name], "y = Relu(c)"), threads=threads)
+
+
+@pytest.mark.parametrize("name", ["point, blocks of the weight", "depthwise"])
+def test_threads_share_a_small_convolution(name, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    check(*_conv_text(CASES[name], "y = Relu(c)"), threads=2)
+
+
+def test_shares_of_threads_are_even():
+    assert _split.depth([1, 14, 5], 2) == 2
+    assert _split.depth([1, 7, 60], 2) == 3  # 7 rows alone would give one thread 4 of them
+    assert _split.depth([3, 1], 2) == 1  # nothing comes out even: 2 of 3
+    assert _split.depth([1, 1], 2) == 0
+    assert _split.evenness(49, 2) == 49 / 50
 
 
 def test_a_padding_that_is_stepped_over_gives_the_same_bits_as_one_that_is_read():
