@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -166,7 +167,8 @@ class Nest:
     def outer(self, extents: Sequence[Any], nanoseconds: float) -> Iterator[list[Expr]]:
         """Serial loops; the first of them split among threads when the work is worth starting them."""
         threads = _split.threads(nanoseconds, self.machine)
-        head = _split.depth(extents, threads) if threads > 1 else 0
+        fixed = list(itertools.takewhile(lambda n: isinstance(n, int), extents))
+        head = _split.depth(fixed, threads) if threads > 1 else 0
         with ExitStack() as stack:
             at: list[Expr] = []
             if head:

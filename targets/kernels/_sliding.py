@@ -48,8 +48,7 @@ class Channelwise(Nest):
         last, width = self.window.axes[-1], self.positions[-1]
         wide = self.window.wide or _window.channelwise_width(width, self.machine)
         borders = set(_window.border_tiles(last, width, wide))
-        tiles = range(-(-width // wide))
-        inner = [q for q in tiles if q not in borders]
+        inner = [q for q in range(-(-width // wide)) if q not in borders]
         taps = math.prod(dims.nominal(n) for n in self.sums.extents) * math.prod(a.kernel for a in self.window.axes)
         first, *rest = _loops.split(self.channels, self.window.vector)
         # Vectors of channels are a loop that threads may share: there are many where rows are few.
@@ -58,18 +57,17 @@ class Channelwise(Nest):
         with ExitStack() as stack:
             outside = [] if images else stack.enter_context(self.loops([self.images]))
             *at, v = [*outside, *stack.enter_context(self.outer([*images, *shared], taps / _split.TAPS))]
-            self._row(at, v * first[2] + first[0], first[2], tiles, inner)
+            self._row(at, v * first[2] + first[0], first[2], wide, inner)
             # What is left of a whole number of vectors, after the last of them.
             with self.where(v == first[1] - 1) if rest and first[1] > 1 else nullcontext():
                 for start, count, lanes in rest:
                     with self.serial(count) as u:
-                        self._row(at, u * lanes + start, lanes, tiles, inner)
+                        self._row(at, u * lanes + start, lanes, wide, inner)
 
-    def _row(self, at: Sequence[Expr], channel: Expr, lanes: int, tiles: Sequence[int], inner: Sequence[int]) -> None:
+    def _row(self, at: Sequence[Expr], channel: Expr, lanes: int, wide: int, inner: Sequence[int]) -> None:
         """A row of positions of some channels: the tiles at the border by themselves, the inner ones in a loop."""
         width = self.positions[-1]
-        wide = _window.channelwise_width(width, self.machine)
-        for q in tiles:
+        for q in range(-(-width // wide)):
             if q not in inner:
                 size = min(wide, width - q * wide)
                 self._tile(at, q * wide, size, channel, lanes, is_border=True)

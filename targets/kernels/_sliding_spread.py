@@ -17,7 +17,7 @@ from tvm import tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _loops, _tile
+from mc_opt.targets.kernels import _loops, _split, _tile
 from mc_opt.targets.kernels._expressions import Expr, is_load, rebuilt, walk
 from mc_opt.targets.kernels._nest import Nest, Span, Sums, spans
 from mc_opt.targets.kernels._window import Sliding
@@ -57,11 +57,11 @@ class Spread(Nest):
         size = math.prod(int(s) for s in self.weight.shape) * np.dtype(self.dtype).itemsize
         outer = [self.images, *self.positions[:-2]]
         if size <= self.machine.l1:
-            with self.outer(outer, work) as at:
+            with self.outer(outer, work / _split.SUMS) as at:
                 self._nested(at, rows, across, panels)
             return
         for panel in panels:
-            with self.outer([panel.count, *outer], work) as (t, *at):
+            with self.outer([panel.count, *outer], work / _split.SUMS) as (t, *at):
                 self._nested(at, rows, across, [dataclasses.replace(panel, first=panel.first + t, count=1)])
 
     def _nested(
@@ -81,22 +81,27 @@ class Spread(Nest):
         """The sums of `size` positions from a corner on, and of one panel's channels."""
         vector, columns = self.window.vector, self.window.columns
         count, held = size[0] * size[1], panel.held
-        acc = _loops.registers(count * held, vector, self.dtype)
+        sums = self.registers(count, held, vector)
 
         def place(k: Expr) -> list[Expr]:
             inner = [corner[0] + k // size[1], corner[1] + k % size[1]]
             return [*at, *inner[-len(self.positions) :]]
 
-        self.start(acc, count * held, vector)
+        for acc in sums:
+            self.start(acc.buffer, acc.count * held, vector)
         with ExitStack() as stack:
             taps = [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
             c = stack.enter_context(self.serial(self.sums.inputs))
-            with self.unrolled(count, held, 1) as (k, v, _):
-                self._add(acc, (k * held + v) * vector, [*place(k), number * columns + v * vector], [*taps, c])
+            for acc in sums:
+                with self.unrolled(acc.count, held, 1) as (k, v, _):
+                    kept = [*place(acc.first + k), number * columns + v * vector]
+                    self._add(acc.buffer, (k * held + v) * vector, kept, [*taps, c])
         for first, runs, width in _loops.split(panel.valid, vector):
-            with self.unrolled(count, runs, width) as (k, v, lane):
-                offset = v * width + first + lane
-                self.finish(acc, k * held * vector + offset, [*place(k), number * columns + offset])
+            for acc in sums:
+                with self.unrolled(acc.count, runs, width) as (k, v, lane):
+                    offset = v * width + first + lane
+                    kept = [*place(acc.first + k), number * columns + offset]
+                    self.finish(acc.buffer, k * held * vector + offset, kept)
 
     def _add(self, acc: Any, at: Expr, kept: Sequence[Expr], steps: Sequence[Expr]) -> None:
         """Add the term of one step to the vector of sums at `at`."""

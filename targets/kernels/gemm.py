@@ -20,6 +20,7 @@ from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels import _choice, _tile, _weights, lookup_gemv
 from mc_opt.targets.kernels._tile import Tile
+from mc_opt.targets.kernels._window import Axis, Sliding
 from mc_opt.targets.kernels.conv import fusable
 
 
@@ -42,6 +43,10 @@ def product(
     """
     *lead_a, m, depth = dims.sizes(a)
     lead_b = dims.sizes(b)[:-3]
+    if e.machine.kind != "cuda" and dims.is_static((*lead_a, m, columns)) and all(n == 1 for n in lead_b):
+        matrix = e.reshape(b, dims.sizes(b)[-3:])
+        scales = (alpha, beta)
+        return _shared(e, a, matrix, bias, tile=tile, columns=columns, scales=scales, name=name, shape=shape)
     rank = max(len(lead_a), len(lead_b))
     lead_a, lead_b = [1] * (rank - len(lead_a)) + lead_a, [1] * (rank - len(lead_b)) + lead_b
     lead = dims.broadcast(lead_a, lead_b)
@@ -70,6 +75,38 @@ def product(
 
     arguments = [source, b] if bias is None else [source, b, bias]
     return fusable(e, compute, *arguments, name=name)
+
+
+def _shared(
+    e: Emitter,
+    a: relax.Expr,
+    b: relax.Expr,
+    bias: relax.Expr | None,
+    *,
+    tile: Tile,
+    columns: Dim,
+    scales: tuple[float, float],
+    name: str,
+    shape: str,
+) -> relax.Expr:
+    """The product of all rows with one matrix, whose loops are those of a convolution with one tap."""
+    *lead, m, depth = dims.sizes(a)
+    axes = tuple(Axis(1, 1, 1, 0, n) for n in [*lead, m][1:] or [m])
+    high, wide = (tile.high, tile.wide) if shape else (0, 0)  # measured ones; the rule knows the last tiles
+    sliding = Sliding(tile.columns, tile.vector, False, axes, high, wide, shape)
+
+    def compute(x: te.Tensor, w: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+        k = te.reduce_axis((0, depth), name="k")
+
+        def element(*i: Any) -> Any:
+            *row, column = i
+            return te.sum(x(*row, k) * w(column // tile.columns, k, column % tile.columns), axis=k)
+
+        domain = (*lead, m, dims.sizes(w)[0] * tile.columns)
+        total = te.compute(domain, element, name="mc_gemm", attrs=sliding.annotation(e.machine))
+        return _epilogue(total, (*lead, m, columns), rest, *scales)
+
+    return fusable(e, compute, a, b, *([] if bias is None else [bias]), name=name)
 
 
 def _epilogue(
@@ -192,7 +229,8 @@ def _chosen(e: Emitter, a: relax.Expr, right: onnx_ir.Value, columns: Dim) -> tu
     lead = e.shape(right)[:-2]
     weights = f"{_choice.by(*lead)} weights, " if lead else ""
     shape = f"product {_choice.by(*dims.sizes(a))} -> {columns}, {weights}{a.ty.dtype}"
-    return shape, e.choices.pick(shape, _tile.candidates(1, dims.sizes(a)[-2], columns, e.machine))
+    offered = _tile.candidates if lead else _tile.exact_candidates
+    return shape, e.choices.pick(shape, offered(1, dims.sizes(a)[-2], columns, e.machine))
 
 
 def tile_for(rows: Dim, columns: Dim, e: Emitter) -> Tile:

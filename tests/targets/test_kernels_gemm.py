@@ -5,6 +5,7 @@ import pytest
 import tvm
 
 from mc_opt import ir
+from mc_opt.targets.kernels import _split
 from tests.targets._kernels import build, check, feeds, machine, model, normal, reference
 
 pytestmark = pytest.mark.tvm
@@ -34,6 +35,16 @@ def test_matmul(a, b, constant):
     given = "" if constant else f", float[{_dims(b)}] w"
     text = f"g (float[{_dims(a)}] x{given}) => (float[{_dims(out)}] y) {{ c = MatMul(x, w) y = Relu(c) }}"
     check(text, {"w": normal(*b)} if constant else None)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
+@pytest.mark.parametrize(("a", "b"), [*PRODUCTS, ((4, 37, 300), (300, 200)), ((1, 600), (600, 333))])
+def test_threads_share_every_product(a, b, cpu, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    out = np.matmul(np.zeros(a), np.zeros(b)).shape
+    text = f"g (float[{_dims(a)}] x) => (float[{_dims(out)}] y) {{ c = MatMul(x, w) y = Relu(c) }}"
+    check(text, {"w": normal(*b)}, threads=2, cpu=cpu)
 
 
 @pytest.mark.parametrize(
