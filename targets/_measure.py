@@ -49,14 +49,14 @@ def _measure(
     offered = {shape: names for shape, names in offered.items() if shape in rule}
     wanted = {shape: names for shape, names in offered.items() if shape not in known}
     reporter.send({"offered": {shape: list(names) for shape, names in offered.items()}})
-    field = {shape: [rule[shape]] for shape in wanted}
+    field: dict[str, list[Kernel | None]] = {shape: [rule[shape]] for shape in wanted}
     count = max(map(len, wanted.values()), default=0)
     for k in range(1, count):
         reporter.progress(k, count, "lower the candidates of tiles")
         tiles = {shape: names[k] for shape, names in wanted.items() if k < len(names)}
         made = _candidates.kernels(path, machine, tiles)[1]
         for shape in tiles:
-            field[shape].append(made[shape])
+            field[shape].append(made.get(shape))
     for n, (shape, names) in enumerate(wanted.items()):
         reporter.progress(n, len(wanted), f"measure tiles: {shape}")
         entry = _raced(shape, names, field.pop(shape), machine, broken.get(shape, {}), reporter)
@@ -66,13 +66,14 @@ def _measure(
 def _raced(
     shape: str,
     names: Sequence[str],
-    kernels: Sequence[Kernel],
+    kernels: Sequence[Kernel | None],
     machine: Machine,
     broken: Mapping[str, str],
     reporter: Reporter,
 ) -> dict[str, Any]:
     """What became of the candidates of a shape, in the fields of a table's entry."""
     rows: dict[str, dict[str, Any]] = {name: {"tile": name} for name in names}
+    assert kernels[0] is not None
     inputs = kernels[0].inputs()
     wanted: list[np.ndarray] = []
     runners: dict[str, _race.Runner] = {}
@@ -84,6 +85,8 @@ def _raced(
             continue
         reporter.send({"trying": [shape, name]})
         try:
+            if kernel is None:
+                raise ValueError("no kernel takes it")
             runner, results = _prepared(kernel, inputs, machine, strict=bool(wanted))
             if wanted:
                 _compare(results, wanted)

@@ -11,6 +11,8 @@ from mc_opt.targets.kernels import _choice
 
 # Candidates of one number of columns: with three numbers, eight in all.
 _OF_EACH_WIDTH = 3
+# Estimated times beyond so many of the least are not worth measuring.
+_WORTH = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,8 @@ def candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[st
                 found.append((copy * tiles * (step + 0.25 * held), -positions * held, tile))
         ranked += sorted(found, key=lambda key: key[:2])[:_OF_EACH_WIDTH]
     ranked.sort(key=lambda key: key[:2])
-    return {_choice.by(t.high, t.wide, t.columns): t for _, _, t in ranked[: _choice.MOST]}
+    worth = [tile for cost, _, tile in ranked if cost <= _WORTH * ranked[0][0]]
+    return {_choice.by(t.high, t.wide, t.columns): t for t in worth[: _choice.MOST]}
 
 
 def exact_candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[str, Tile]:
@@ -96,7 +99,7 @@ def exact_candidates(rows: int, width: int, columns: int, machine: Machine) -> d
         best.append(first)
         others += rest
     rule = min(best)
-    others = sorted([key for key in (*best, *others) if key != rule])[: _choice.MOST - 1]
+    others = sorted([key for key in (*best, *others) if key != rule and key[0] <= _WORTH * rule[0]])[: _choice.MOST - 1]
     named = {_choice.by(*key[1:3], key[3] * vector): key for key in (rule, *others)}
     return {name: Tile(*((0, 0) if key == rule else key[1:3]), key[3] * vector, vector) for name, key in named.items()}
 

@@ -18,14 +18,16 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.dims import Dim
-from mc_opt.targets._relax.emitter import Emitter
-from mc_opt.targets.kernels import _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm, lookup_int8
+from mc_opt.targets._relax.emitter import Emitter, LookupWeight
+from mc_opt.targets.kernels import _choice, _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm, lookup_int8
 from mc_opt.targets.kernels._decode import Table, Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels.conv import fusable
 
 # Up to so many rows decoding with the product in float32 is faster than before it, as a kernel of its own.
 _MOST_ROWS = {"arm": 4, "cuda": 4, "x86": 64}
+# Vectors of columns that are decoded at a time, at most.
+_MOST_VECTORS = 4
 
 
 def takes(e: Emitter, rows: Dim, weight: onnx_ir.Value) -> bool:
@@ -44,7 +46,28 @@ def _vectors(rows: int, machine: Machine) -> int:
         # NEON's tables, and the four vectors that they make at a time, take registers from the sums: more would spill.
         return 2 if machine.kind == "arm" else 1
     room = machine.registers - 8
-    return min(4, room // rows) if 3 * rows <= room else 0
+    return min(_MOST_VECTORS, room // rows) if 3 * rows <= room else 0
+
+
+def _columns(rows: int, n: int, machine: Machine) -> dict[str, int]:
+    """Columns that a tile may have, by name, the rule's first: as many vectors as there are registers for."""
+    at_once = _vectors(rows, machine)
+    rule = at_once or lookup_gemm.vectors(machine)
+    most = min(_MOST_VECTORS, (machine.registers - 8) // (rows if at_once else 1))
+    others = [v for v in range(1, most + 1) if v != rule] if machine.kind == "x86" else []
+    needed = -(-n // machine.lanes)
+    return {str(c): c for c in (min(v, needed) * machine.lanes for v in (rule, *others))}
+
+
+def _shape_of(lookup: LookupWeight, rows: int, n: int) -> str:
+    """What a table of measured tiles calls the product."""
+    parts = [f"lookup product {rows}x{math.prod(lookup.shape) // n} -> {n}", f"{lookup.bits} bits"]
+    if lookup.group_size:
+        parts.append(f"groups of {lookup.group_size}")
+    if lookup.codebook.ndim > 1:
+        parts.append(f"codebooks {_choice.by(*lookup.codebook.shape)}")
+    parts += [word for word, table in (("scale", lookup.scale), ("offset", lookup.offset)) if table is not None]
+    return ", ".join(parts)
 
 
 def product(
@@ -67,7 +90,8 @@ def product(
         if rows > _MOST_ROWS[e.machine.kind]:
             return None
     at_once = _vectors(rows, e.machine)
-    columns = min(at_once or lookup_gemm.vectors(e.machine), -(-n // e.machine.lanes)) * e.machine.lanes
+    called = _shape_of(lookup, rows, n)
+    columns = e.choices.pick(called, _columns(rows, n, e.machine))
 
     def pack(array: np.ndarray) -> np.ndarray:
         return _weights.pack_columns(array.T if transposed else array, columns)
@@ -87,6 +111,7 @@ def product(
         return e.reshape(fusable(e, fn, *inputs, name="lookup_rows"), (*shape[:-1], n))
     body = functools.partial(_body if at_once else lookup_gemm.body, tiles, e.machine, rows, n, bias is not None)
     function = _loops.kernel([((rows, shape[-1]), "float32"), *arguments, ((rows, n), "float32")], body)
+    function = function.with_attrs(_choice.annotation(called))
     e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}")
     result = e.call(function, inputs, [((rows, n), "float32")], name="lookup_gemv")[0]
     return e.reshape(result, (*shape[:-1], n))

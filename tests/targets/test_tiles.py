@@ -15,6 +15,7 @@ from tvm import relax
 from mc_opt import targets
 from mc_opt.targets.kernels import _choice
 from tests.targets._kernels import compare, compiled, feeds, lowered_model, machine, model, normal
+from tests.targets.test_kernels_gemm import packed
 
 pytestmark = pytest.mark.tvm
 
@@ -45,6 +46,10 @@ CASES = {
         {"w": normal(100, 48), "b": normal(100)},
     ),
 }
+LOOKUP = packed((70, 100), (1,), 4, group=16, scale="groups")
+for ROWS in (3, 20):
+    PRODUCT = f"g (float[{ROWS},70] x) => (float[{ROWS},100] y) {{ {LOOKUP[0]} y = MatMul(x, w) }}"
+    CASES[f"lookup, {ROWS} rows"] = (PRODUCT, LOOKUP[1])
 
 
 def shapes(proto, target=None) -> dict[str, tuple[str, ...]]:
@@ -67,6 +72,7 @@ def test_what_a_shape_is_called():
         "depthwise 1x19x37x40 -> 1x19x37x40, kernel 5x5, before 2x2, float32"
     ]
     assert list(shapes(model(*CASES["product"]))) == ["product 21x48 -> 100, float32"]
+    assert list(shapes(model(*CASES["lookup, 3 rows"]))) == ["lookup product 3x70 -> 100, 4 bits, groups of 16, scale"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,7 +97,7 @@ def test_open_sizes_and_computed_weights_have_no_candidates():
     assert shapes(model(text)) == {}
 
 
-IN_CI = ("conv", "depthwise", "product")
+IN_CI = ("conv", "depthwise", "product", "lookup, 3 rows")
 
 
 @pytest.mark.slow
