@@ -37,7 +37,7 @@ def measure(request: Request) -> dict[str, Any]:
     folder = request.folder
     reasons = _make(model, request, folder)
     limits = machine.measure(request.threads, Path(request.cache), reads=request.beside)
-    opened = _open(request, reasons)
+    opened = _open(request, model, reasons)
     reference = opened[forms.FLOAT].outputs()
     differences = {name: _difference(reference, contender.outputs()) for name, contender in opened.items()}
     runs = {name: contender.run for name, contender in opened.items()}
@@ -65,7 +65,7 @@ def measure(request: Request) -> dict[str, Any]:
         for form in (forms.DENSE, forms.COMPRESSED):
             if form in contenders:
                 tell(0, 0, f"kernels of {form}")
-                found[form] = _kernels(form, folder, limits)
+                found[form] = _kernels(form, request, limits)
     return {
         "model": model.name,
         "threads": request.threads,
@@ -99,7 +99,7 @@ def _make(model: Timed, request: Request, folder: Path) -> dict[str, str]:
         tell(0, 0, f"build {form}")
         stamp.unlink(missing_ok=True)
         try:
-            forms.make_artefact(folder, form, threads)
+            forms.make_artefact(request, form, threads)
         except Exception as error:  # one contender fewer, and the table says why
             reasons[form] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
@@ -112,9 +112,9 @@ def _artefacts(threads: int) -> list[tuple[str, int]]:
     return [*made, (forms.SERIAL, 1)] if threads > 1 else made
 
 
-def _open(request: Request, reasons: dict[str, str]) -> dict[str, forms.Opened]:
+def _open(request: Request, model: Timed, reasons: dict[str, str]) -> dict[str, forms.Opened]:
     """The contenders in the order of the table; why one is missing is added to `reasons`."""
-    names = [forms.FLOAT, forms.INTEGER, forms.TORCH, *(form for form, _ in _artefacts(request.threads))]
+    names = [forms.FLOAT, forms.INTEGER, forms.TORCH, *(form for form, _ in _artefacts(request.threads)), *model.peers]
     found: dict[str, forms.Opened] = {}
     for name in names:
         if name in reasons:
@@ -139,8 +139,7 @@ def _choose(folder: Path, threads: int) -> None:
     names = forms.candidates(folder)
     if not names:
         raise ValueError("no quantised form could be made")
-    sample = forms.samples_of(folder)[0]
-    runs = {name: forms.open_onnx(folder / f"{name}.onnx", sample, threads).run for name in names}
+    runs = {name: forms.open_kept(folder, name, threads).run for name in names}
     series = _timing.interleave(runs, rounds=_TRIAL, before=lambda name: _settle(runs[name], threads))
     (folder / f"chosen-{threads}").write_text(min(names, key=lambda name: series[name].median))
 
@@ -169,10 +168,11 @@ def _memory(name: str, request: Request) -> dict[str, float]:
     return found
 
 
-def _kernels(form: str, folder: Path, limits: machine.Limits) -> dict[str, Any]:
-    sample = forms.samples_of(folder)[0]
-    place = forms.artefact_folder(folder, form, 1)
-    return kernels.profile(folder / "source.onnx", forms.RECIPES[form], place, sample, limits)
+def _kernels(form: str, request: Request, limits: machine.Limits) -> dict[str, Any]:
+    place = forms.artefact_folder(request.folder, form, 1)
+    samples = forms.samples_of(request.folder)
+    sample = samples[-1] if forms.states_of(request.folder) else samples[0]
+    return kernels.profile(request.folder / "source.onnx", request.recipe(form), place, sample, limits)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mc_opt
+from benchmarks._speed_decode import Bound, Step
+from mc_opt import ir
 
 if TYPE_CHECKING:  # a process whose memory is measured imports no more than it needs
     from benchmarks._speed_models import Timed
@@ -22,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOAT, INTEGER, TORCH = "ONNX Runtime fp32", "ONNX Runtime quantised", "torch"
 DENSE, COMPRESSED, SERIAL = "mc-opt dense", "mc-opt compressed", "mc-opt dense, 1 thread"
 EXACT = "fold-constants,fold-batch-norm"
-RECIPES = {DENSE: EXACT, COMPRESSED: f"{EXACT},denseshift{{bits=4 skip=}}", SERIAL: EXACT}
 PACKAGES = ("onnxruntime", "torch", "apache-tvm", "numpy", "onnx")
 # What graphs, artefacts and measured cells depend on.
 _NETWORKS = tuple(f"benchmarks/{name}.py" for name in ("resnet18", "resnet50", "mobilenet_v2"))
-SOURCES = ("ir", "mc_opt", "tests/models", "benchmarks/_speed_models.py", "benchmarks/_speed_forms.py", *_NETWORKS)
+_FORMS = tuple(f"benchmarks/_speed_{name}.py" for name in ("models", "forms", "decode"))
+SOURCES = ("ir", "mc_opt", "tests/models", *_FORMS, *_NETWORKS)
 ARTEFACTS = (*SOURCES, "targets", "passes")
 _MEASURING = ("cell", "gemv", "kernels", "machine", "memory", "ports")
 CELLS = (*ARTEFACTS, "tools/_timing.py", *(f"benchmarks/_speed_{name}.py" for name in _MEASURING))
@@ -40,6 +43,7 @@ class Request:
 
     Attributes:
         model: name of the model.
+        weights: how the compressed form's weights are compressed.
         threads: of every contender.
         rounds: of the interleaved run.
         processor_time: whether the clock is the processor's time (one thread only) and not the wall's.
@@ -49,6 +53,7 @@ class Request:
     """
 
     model: str
+    weights: str
     threads: int
     rounds: int
     processor_time: bool
@@ -61,6 +66,10 @@ class Request:
         """Of the model's files."""
         return Path(self.cache) / self.model
 
+    def recipe(self, form: str) -> str:
+        """The passes that make a form of ours."""
+        return f"{EXACT},{self.weights}" if form == COMPRESSED else EXACT
+
     def text(self) -> str:
         """The argument of the process that measures it."""
         return json.dumps(asdict(self))
@@ -71,7 +80,7 @@ class Opened:
     """A contender that is loaded.
 
     Attributes:
-        run: one call on the first sample; returns its outputs.
+        run: one call on the sample that is timed; returns its outputs.
         detail: which form it is, where there are several.
     """
 
@@ -108,20 +117,28 @@ def versions() -> dict[str, str]:
 
 
 def make_sources(model: Timed, root: Path, folder: Path) -> dict[str, str]:
-    """Write source.onnx, samples.npz and the quantised forms into `folder`; returns why one could not be made."""
-    mc_opt.save_model(model.graph(root), folder / "source.onnx")
-    names = [given.name for given in _session(folder / "source.onnx", 1).get_inputs()]
+    """Write source.onnx, its states and samples and the quantised forms; returns why one could not be made."""
+    source = model.graph(root)
+    states = ir.states_of(source)
+    if ir.written_in_place(source, states) != set(states.values()):
+        raise ValueError(f"{model.name}: a state has no node that may write it in place")
+    (folder / "states.json").write_text(json.dumps(states))
+    mc_opt.save_model(source, folder / "source.onnx")
+    del source
+    names = [
+        given.name for given in _session(folder / "source.onnx", 1).get_inputs() if given.name not in states.values()
+    ]
     samples = [{name: sample[name] for name in names} for sample in model.samples(root)]
     np.savez(folder / "samples.npz", **{f"{k}/{name}": v for k, s in enumerate(samples) for name, v in s.items()})
     reasons: dict[str, str] = {}
-    bare = _without_types(folder / "source.onnx", folder / "bare.onnx")
+    bare = _bare(folder / "source.onnx", folder / "bare.onnx")
     forms = {"dynamic int8": _dynamic, "MatMulNBits 4 bits": _few_bits}
     if model.layers == "convolutions":
         forms = {"static int8": _static} | forms
     for name, make in forms.items():
         try:
             make(bare, folder / f"{name}.onnx", samples)
-            _session(folder / f"{name}.onnx", 1).run(None, samples[0])
+            _onnx(folder / f"{name}.onnx", states, 1)(samples[0])
         except Exception as error:  # whatever another package raises on a model that it does not take
             (folder / f"{name}.onnx").unlink(missing_ok=True)
             reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -129,15 +146,22 @@ def make_sources(model: Timed, root: Path, folder: Path) -> dict[str, str]:
     return reasons
 
 
-def make_artefact(folder: Path, form: str, threads: int) -> None:
-    """Build the artefact of a form into `folder`/<form>-<threads>."""
-    model, _ = mc_opt.compress(mc_opt.load_model(folder / "source.onnx"), RECIPES[form], check="structure")
+def make_artefact(request: Request, form: str, threads: int) -> None:
+    """Build the artefact of a form into the model's folder, as <form>-<threads>."""
+    folder = request.folder
+    model, _ = mc_opt.compress(mc_opt.load_model(folder / "source.onnx"), request.recipe(form), check="structure")
     mc_opt.build(model, f"x86{{threads={threads}}}", artefact_folder(folder, form, threads), check="structure")
 
 
 def artefact_folder(folder: Path, form: str, threads: int) -> Path:
     """Where an artefact stands."""
     return folder / f"{form.split(',')[0].removeprefix('mc-opt ')}-{threads}"
+
+
+def states_of(folder: Path) -> dict[str, str]:
+    """The states that `make_sources` found, output name to input name."""
+    found: dict[str, str] = json.loads((folder / "states.json").read_text())
+    return found
 
 
 def samples_of(folder: Path) -> list[Arrays]:
@@ -161,12 +185,24 @@ class _Samples:
         return next(self._rest, None)
 
 
-def _without_types(source: Path, out: Path) -> Path:
-    """Write the model without its inner types: ONNX Runtime's quantisers change some, and trip over the old ones."""
+def _bare(source: Path, out: Path) -> Path:
+    """Write the model as ONNX Runtime's quantisers take it.
+
+    Without inner types, as they change some and trip over the old ones; a Gemm has its weight for itself, as they
+    transpose it and forget who else reads it.
+    """
     import onnx
 
     proto = onnx.load_model(source)
-    del proto.graph.value_info[:]
+    graph = proto.graph
+    del graph.value_info[:]
+    uses = Counter(name for node in graph.node for name in node.input)
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Gemm" and uses[node.input[1]] > 1 and node.input[1] in weights:
+            own = graph.initializer.add()
+            own.CopyFrom(weights[node.input[1]])
+            own.name = node.input[1] = f"{node.input[1]}.gemm"
     onnx.save_model(proto, out)
     return out
 
@@ -201,9 +237,11 @@ def _dynamic(source: Path, out: Path, _: Sequence[Arrays]) -> None:
 def _few_bits(source: Path, out: Path, _: Sequence[Arrays]) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
-    proto = onnx.load_model(source)
-    quantizer = MatMulNBitsQuantizer(proto, bits=4, block_size=32, is_symmetric=True, accuracy_level=4)
+    proto = ONNXModel(onnx.load_model(source))
+    proto.replace_gemm_with_matmul()  # it knows no Gemm
+    quantizer = MatMulNBitsQuantizer(proto.model, bits=4, block_size=32, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     if not any(node.op_type == "MatMulNBits" for node in quantizer.model.model.graph.node):
         raise ValueError("no MatMul with a constant weight")
@@ -216,22 +254,47 @@ def _few_bits(source: Path, out: Path, _: Sequence[Arrays]) -> None:
 def open_form(form: str, request: Request) -> Opened:
     """Load one contender of a cell; the quantised one is that which `chosen-<threads>` names."""
     folder, threads = request.folder, request.threads
-    sample = samples_of(folder)[0]
-    if form == TORCH:
-        return _open_torch(request, sample)
-    if form == FLOAT:
-        return open_onnx(folder / "source.onnx", sample, threads)
-    if form == INTEGER:
-        chosen = (folder / f"chosen-{threads}").read_text()
-        return Opened(open_onnx(folder / f"{chosen}.onnx", sample, threads).run, chosen)
-    artefact = mc_opt.load(artefact_folder(folder, form, 1 if form == SERIAL else threads))
-    return Opened(lambda: artefact.run(sample), RECIPES[form].rpartition(",")[2] if form == COMPRESSED else "")
+    match form:
+        case "ONNX Runtime fp32":
+            return open_kept(folder, "source", threads)
+        case "ONNX Runtime quantised":
+            return open_kept(folder, (folder / f"chosen-{threads}").read_text(), threads)
+        case "torch":
+            return _opened(folder, *_torch(request))
+        case "mc-opt dense" | "mc-opt compressed" | "mc-opt dense, 1 thread":
+            artefact = mc_opt.load(artefact_folder(folder, form, 1 if form == SERIAL else threads))
+            step = artefact.stream().run if states_of(folder) else artefact.run
+            return _opened(folder, step, request.weights if form == COMPRESSED else "")
+        case _:
+            peer = _model_of(request).peers[form]
+            return _opened(folder, peer(Path(request.root), threads))
+
+
+def _opened(folder: Path, step: Step, detail: str = "") -> Opened:
+    """A step on the sample that is timed: of a model that keeps states the last, after the others."""
+    samples = samples_of(folder)
+    if not states_of(folder):
+        return Opened(lambda: step(samples[0]), detail)
+    for sample in samples[:-1]:
+        step(sample)
+    return Opened(lambda: step(samples[-1]), detail)
 
 
 def open_onnx(path: Path, sample: Arrays, threads: int) -> Opened:
-    """A model in ONNX Runtime, with its defaults but for the number of threads."""
+    """A model without states in ONNX Runtime, with its defaults but for the number of threads."""
     session = _session(path, threads)
     return Opened(lambda: session.run(None, sample))
+
+
+def open_kept(folder: Path, name: str, threads: int) -> Opened:
+    """A form of a model in ONNX Runtime, with its defaults but for the number of threads."""
+    step = _onnx(folder / f"{name}.onnx", states_of(folder), threads)
+    return _opened(folder, step, "" if name == "source" else name)
+
+
+def _onnx(path: Path, states: Mapping[str, str], threads: int) -> Step:
+    session = _session(path, threads)
+    return Bound(session, states) if states else lambda sample: session.run(None, sample)
 
 
 def candidates(folder: Path) -> list[str]:
@@ -250,21 +313,24 @@ def _session(path: Path, threads: int) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _open_torch(request: Request, sample: Arrays) -> Opened:
+def _torch(request: Request) -> tuple[Step, str]:
     import torch
 
-    from benchmarks._speed_models import MODELS
-
     torch.set_num_threads(request.threads)
-    model = next(m for m in MODELS if m.name == request.model)
+    model = _model_of(request)
     if model.module is not None:
         module, detail = model.module(Path(request.root)), "eager"
     else:
         module, detail = mc_opt.to_torch(mc_opt.load_model(request.folder / "source.onnx")), "eager, from the graph"
-    tensors = [torch.from_numpy(array) for array in sample.values()]
 
-    def run() -> Any:
+    def step(sample: Arrays) -> Any:
         with torch.inference_mode():
-            return module(*tensors)
+            return module(*(torch.from_numpy(array) for array in sample.values()))
 
-    return Opened(run, detail)
+    return step, detail
+
+
+def _model_of(request: Request) -> Timed:
+    from benchmarks._speed_models import MODELS
+
+    return next(m for m in MODELS if m.name == request.model)

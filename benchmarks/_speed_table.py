@@ -18,6 +18,7 @@ HALF_WIDTH = 0.05
 """Of a ratio: with a wider interval nothing is decided."""
 MUST_MODEL, MUST_MEAN, AIM_MEAN, MUST_GAIN = 1.3, 1.05, 0.85, 0.85
 _SHOWN = 6
+_ALL = {FLOAT, INTEGER, TORCH, DENSE, COMPRESSED, SERIAL}
 _RESAMPLES = 2000
 
 
@@ -80,7 +81,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def summary(cells: Sequence[Cell], missing: Mapping[str, str]) -> list[str]:
+def summary(cells: Sequence[Cell], shares: Mapping[str, tuple[float, float]]) -> list[str]:
     """The figures that the issue asks for, a line each."""
     lines = []
     serial = [cell for cell in cells if cell["threads"] == 1]
@@ -99,8 +100,30 @@ def summary(cells: Sequence[Cell], missing: Mapping[str, str]) -> list[str]:
         limit = f"; at most {MUST_MODEL}: {verdict(ratios[worst], MUST_MODEL)}" if name == DENSE else ""
         lines.append(f"- {name}, 1 thread, worst model: {worst} {ratio_text(ratios[worst])}{limit}")
     lines += [line for cell in cells if cell["threads"] > 1 for line in _gain_lines(cell)]
-    lines += [f"- {model}: not measured: {reason}" for model, reason in missing.items()]
-    return lines
+    lines += [_share_line(cell, *shares[cell["model"]]) for cell in cells if cell["model"] in shares]
+    return lines + [line for cell in cells for line in _peer_lines(cell)]
+
+
+def _share_line(cell: Cell, time: float, memory: float) -> str:
+    """The compressed artefact's time and peak memory beside ONNX Runtime's in fp32, and the most that they may be."""
+    found, (own, other) = ratio(cell, COMPRESSED), (cell["contenders"].get(n, {}) for n in (COMPRESSED, FLOAT))
+    text = f"- {cell['model']}, {counted(cell['threads'])}: {COMPRESSED} takes {ratio_text(found)} of {FLOAT}'s time"
+    if found is not None:
+        text += f"; at most {time:.2f}: {verdict(found, time)}"
+    if "memory" in own and "memory" in other:
+        share = own["memory"]["peak"] / other["memory"]["peak"]
+        text += f"; {share:.2f} of its peak memory, at most {memory:.2f}: {'met' if share <= memory else 'missed'}"
+    return text
+
+
+def _peer_lines(cell: Cell) -> list[str]:
+    """How much faster the compressed artefact is than what only this model is held to."""
+    found = {name: ratio(cell, name, COMPRESSED) for name in cell["contenders"] if name not in _ALL}
+    return [
+        f"- {cell['model']}, {counted(cell['threads'])}: {COMPRESSED} is {ratio_text(times)} times as fast as {name}"
+        for name, times in found.items()
+        if times is not None
+    ]
 
 
 def _gain_lines(cell: Cell) -> list[str]:
@@ -189,10 +212,21 @@ def kernel_lines(cell: Cell) -> list[str]:
 
 
 def document(
-    cells: Sequence[Cell], *, aims: Mapping[str, float | None], missing: Mapping[str, str], intro: Sequence[str]
+    cells: Sequence[Cell],
+    *,
+    aims: Mapping[str, float | None],
+    shares: Mapping[str, tuple[float, float]],
+    intro: Sequence[str],
 ) -> str:
-    """The whole text."""
-    lines = ["# Speed beside ONNX Runtime", "", *intro, "", "## Summary", "", *summary(cells, missing), ""]
+    """The whole text.
+
+    Args:
+        cells: what was measured.
+        aims: of the dense artefact's time, by model.
+        shares: the most that the compressed artefact may take of ONNX Runtime's time and memory, by model.
+        intro: lines below the title.
+    """
+    lines = ["# Speed beside ONNX Runtime", "", *intro, "", "## Summary", "", *summary(cells, shares), ""]
     for threads in sorted({cell["threads"] for cell in cells}):
         own = [cell for cell in cells if cell["threads"] == threads]
         lines += [f"## {counted(threads)}", "", *ratio_table(own, aims), ""]

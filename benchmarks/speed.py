@@ -13,6 +13,10 @@ of 20 ms and more; each batch begins with a call that is not timed. A ratio is t
 holds it in 95 % of bootstrap resamples, and nothing is said to be met or missed when half the interval is wider than
 5 %. Each model is measured in a process of its own, and each contender's memory in another.
 
+A call of the language model is one token behind 128 others, in a cache for 256 that each contender keeps for itself:
+ONNX Runtime by IO binding, written in place, torch by the growing cache of transformers. llama.cpp stands beside them
+where llama-cpp-python is installed, which is compiled for the machine; its file holds the model's own 4-bit weights.
+
 Graphs, artefacts and measured cells stay in .cache/speed, marked by the code and packages that made them: a cell is
 measured again when those change, or with --again.
 """
@@ -34,7 +38,7 @@ from benchmarks import _speed_forms as forms
 from benchmarks import _speed_gemv as gemv
 from benchmarks import _speed_table as tables
 from benchmarks._speed_forms import Request
-from benchmarks._speed_models import MISSING, MODELS
+from benchmarks._speed_models import MODELS
 from mc_opt.targets import _machine
 from tests.models._fetch import CACHE as PUBLIC
 from tests.models._fetch import fetch_public
@@ -203,7 +207,8 @@ def main() -> None:
         text = ""
         if cells:
             aims = {model.name: model.aim for model in MODELS}
-            text = tables.document(cells, aims=aims, missing=MISSING, intro=intro(cells, options))
+            shares = {model.name: model.share for model in MODELS if model.share is not None}
+            text = tables.document(cells, aims=aims, shares=shares, intro=intro(cells, options))
     print(json.dumps(cells) if options.json else text)
     if text and not (options.only or options.quick or options.gemv):
         RESULTS.write_text(text)
@@ -223,6 +228,7 @@ def measure_models(options: argparse.Namespace) -> list[dict[str, Any]]:
     for model, threads in plan:
         request = Request(
             model=model.name,
+            weights=model.recipe,
             threads=threads,
             rounds=options.rounds,
             processor_time=options.processor_time,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from benchmarks import _speed_ports as ports
 from benchmarks import _speed_table as table
+from benchmarks._speed_decode import Bound
 from benchmarks._speed_forms import COMPRESSED, DENSE, FLOAT, SERIAL
 from benchmarks._speed_machine import Limits
 from mc_opt.tools._timing import Ratio, Series
@@ -86,9 +90,12 @@ def test_the_document_says_ratios_verdicts_and_what_is_missing() -> None:
         cell("two", 1, float=[1.0] * 6, dense=[1.4] * 6, packed=[0.5] * 6),
         cell("one", 2, float=[0.6] * 6, dense=[0.8] * 6, serial=[1.1] * 6),
     ]
+    cells[0]["contenders"]["another"] = {"ms": [1.5] * 6, "detail": "", "difference": 0.1}
+    for name, peak in ((FLOAT, 100.0), (COMPRESSED, 45.0)):
+        cells[1]["contenders"][name]["memory"] = {"peak": peak, "imported": 1.0}
     cells[0]["contenders"][DENSE]["memory"] = {"peak": 120.4, "imported": 80.2}
     cells[1]["reasons"] = {"torch": "RuntimeError: no"}
-    text = table.document(cells, aims={"one": 1.1, "two": None}, missing={"three": "not yet"}, intro=["Where."])
+    text = table.document(cells, aims={"one": 1.1, "two": None}, shares={"two": (0.6, 0.4)}, intro=["Where."])
     for line in (
         "- mc-opt dense, 1 thread, geometric mean of 2 models: 1.24 [1.24, 1.24];"
         " at most 1.05: missed; aim 0.85: missed",
@@ -96,7 +103,9 @@ def test_the_document_says_ratios_verdicts_and_what_is_missing() -> None:
         "- mc-opt compressed, 1 thread, geometric mean of 2 models: 0.50 [0.50, 0.50]",
         "- one, 2 threads: 1.38 times faster than 1 thread, 0.86 [0.86, 0.86] of the machine's own 1.60;"
         " at least 0.85: met",
-        "- three: not measured: not yet",
+        "- two, 1 thread: mc-opt compressed takes 0.50 [0.50, 0.50] of ONNX Runtime fp32's time; at most 0.60: met;"
+        " 0.45 of its peak memory, at most 0.40: missed",
+        "- one, 1 thread: mc-opt compressed is 3.00 [3.00, 3.00] times as fast as another",
         "| one | 1 ms [1, 1] | — | — | 1.10 [1.10, 1.10] | 0.50 [0.50, 0.50] | 1.3 met, 1.1 met |",
         "| one | 1 | mc-opt dense | 1.1 ms [1.1, 1.1] | 1.0e-07 | 120 | 80 |",
         "- two, 1 thread: torch: RuntimeError: no",
@@ -141,3 +150,13 @@ def test_the_main_loop_is_found_behind_the_kernels_symbol() -> None:
 )
 def test_multiply_adds_count_their_lanes(text: str, count: int) -> None:
     assert ports.flops([text]) == count
+
+
+def test_a_state_bound_in_onnx_runtime_stays_there() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[1] x, int64[1, 1] at, float[3] old) => (float[1] y, float[3] new)
+    { new = ScatterND(old, at, x) y = ReduceSum(new) }"""
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+    step = Bound(session, {"new": "old"})
+    found = [step({"x": np.array([x], np.float32), "at": np.array([[at]])})[0][0] for x, at in ((1, 0), (2, 1), (5, 1))]
+    assert found == [1, 3, 6]
