@@ -39,8 +39,8 @@ class Processor:
             pooled: whether memory of a run is kept for the next.
         """
         self._ffi = load()
-        self._cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
         self._threads = threads
+        self._cores, self._named_cores = set[int](), None
         self._configure = self._ffi.get_global_func("runtime.config_threadpool")
         machine = open_library(path)["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
@@ -53,9 +53,16 @@ class Processor:
     def call(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """The outputs for tensors in the order of the inputs; one call at a time."""
         if self._threads is not None:  # every thread of the caller's has a pool of its own, which other artefacts share
-            self._configure(_SHARE_ALL_CORES, self._threads, self._cores)
+            self._configure(_SHARE_ALL_CORES, self._threads, self._allowed())
         found: Sequence[Any] = self._main(*tensors)
         return found
+
+    def _allowed(self) -> Any:
+        """The cores that this thread may use, as TVM takes them."""
+        cores = os.sched_getaffinity(0)
+        if cores != self._cores:
+            self._cores, self._named_cores = cores, self._ffi.convert([str(core) for core in sorted(cores)])
+        return self._named_cores
 
     def instrument(self, function: Any) -> None:
         """Let `function(function, name, is before, result, *arguments)` be called around every call of a run."""

@@ -72,21 +72,20 @@ def _kernels(source: str, folder: Path) -> Path:
 
 def main(folder: Path, given: Path, made: Path) -> None:
     import tvm
-    from tvm import relax
 
-    from mc_opt.targets import _manifest
+    from mc_opt.targets import _gpu, _manifest
 
     manifest = _manifest.read(folder)
     assert manifest.form == "source", manifest.form
     with tempfile.TemporaryDirectory() as place:
         ctypes.CDLL(str(_device(Path(place))), mode=ctypes.RTLD_GLOBAL)
-        library = tvm.runtime.load_module(str(folder / "model.so"))
         text = source_of(folder / "model.so")
         tvm.get_global_func("mc_opt.tests.use_kernels")(str(_kernels(text, Path(place))))
-        machine = relax.VirtualMachine(library, tvm.cuda(0))
+        _gpu._device = lambda tvm, _manifest: tvm.cuda(0)  # there is no driver
+        machine = _gpu.OnGpu(folder / "model.so", manifest, pooled=True)
         with np.load(given) as arrays:
-            inputs = [tvm.runtime.tensor(arrays[port.name], tvm.cuda(0)) for port in manifest.inputs]
-        results = [value.numpy() for value in machine["main"](*inputs)]
+            inputs = [machine.place(arrays[port.name]) for port in manifest.inputs]
+        results = [machine.fetch(value) for value in machine.call(inputs)]
     np.savez(made, **{port.name: array for port, array in zip(manifest.outputs, results, strict=True)})
 
 

@@ -50,7 +50,7 @@ def test_the_program_gives_the_numbers_of_onnx_runtime(tmp_path: Path) -> None:
     model = parsed(TWO)
     folder = tmp_path / "x86"
     folder.mkdir()
-    targets.parse_target("x86").compile(model, folder, lambda *_: None)
+    targets.parse_target("x86{threads=2}").compile(model, folder, lambda *_: None)
     compile_as_it_says(folder)
     sample = next(iter(ir.seeded_data(model, 1, 0))).inputs
     expected = ir.Session(model).run(sample)
