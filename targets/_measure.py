@@ -76,6 +76,7 @@ def _raced(
     assert kernels[0] is not None
     inputs = kernels[0].inputs()
     wanted: list[np.ndarray] = []
+    places: dict[Any, Any] = {}
     runners: dict[str, _race.Runner] = {}
     for name, kernel in zip(names, kernels, strict=True):
         if name in broken:
@@ -87,7 +88,7 @@ def _raced(
         try:
             if kernel is None:
                 raise ValueError("no kernel takes it")
-            runner, results = _prepared(kernel, inputs, machine, strict=bool(wanted))
+            runner, results = _prepared(kernel, inputs, machine, places, strict=bool(wanted))
             if wanted:
                 _compare(results, wanted)
         except Exception as error:  # whatever TVM, LLVM or a kernel raise: the candidate is left out
@@ -108,15 +109,24 @@ def _raced(
 
 
 def _prepared(
-    kernel: Kernel, inputs: Sequence[np.ndarray], machine: Machine, *, strict: bool
+    kernel: Kernel, inputs: Sequence[np.ndarray], machine: Machine, places: dict[Any, Any], *, strict: bool
 ) -> tuple[_race.Runner, list[np.ndarray]]:
-    """The kernel compiled, and its results; `strict` raises ValueError where its schedule fell back."""
+    """The kernel compiled, and its results; `strict` raises ValueError where its schedule fell back.
+
+    Candidates share `places`, the tensors that they read and write: where one lies in memory makes some percent.
+    """
     function, notes = _candidates.compiled(kernel.function, machine)
     if notes and strict:
         raise ValueError(notes[0])
     given = iter(kernel.inputs(like=inputs))
-    arguments = [tvm.runtime.tensor(next(given)) if a is None else a for a in kernel.arguments]
-    outputs = [tvm.runtime.empty(shape, dtype) for shape, dtype in kernel.buffers[len(arguments) :]]
+    tensors = []
+    for k, (shape, dtype) in enumerate(kernel.buffers):
+        held = kernel.arguments[k] if k < len(kernel.arguments) else None
+        if held is None:
+            held = places.setdefault((k, shape), tvm.runtime.empty(shape, dtype))
+            held.copyfrom(next(given) if k < len(kernel.arguments) else _unwritten(shape, dtype))
+        tensors.append(held)
+    outputs = tensors[len(kernel.arguments) :]
 
     # A thread's own time does not count what other processes take from it.
     clock = time.thread_time if machine.threads == 1 else time.perf_counter
@@ -124,11 +134,16 @@ def _prepared(
     def run(count: int) -> float:
         start = clock()
         for _ in range(count):
-            function(*arguments, *outputs)
+            function(*tensors)
         return clock() - start
 
     run(1)
     return run, [output.numpy() for output in outputs]
+
+
+def _unwritten(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """What an output holds before: not what the candidate before it wrote."""
+    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 1, dtype)
 
 
 def _compare(results: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> None:
