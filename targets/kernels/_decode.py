@@ -25,6 +25,9 @@ from mc_opt.targets.kernels._loops import Buffer, Expr
 
 Pack = Callable[[np.ndarray], np.ndarray]
 
+# Lanes of AVX-512, whose permutations take indices of four bits.
+_WIDE = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -34,7 +37,8 @@ class Tiles:
         shape: (t, *inner, c).
         words: int32 [t, c / lanes, ceil(K / per), lanes]: code j of a word is row (word · per + j).
         codebook: shared: [n] filled up to 2^bits and repeated up to whole registers, so that a permutation by a
-            lane's low bits finds it whatever stands above them, or what `_tbl.tables` makes of it; or one a group:
+            lane's low bits finds it whatever stands above them; of 1 or 2 bits with AVX-512 a register for each code
+            of four bits, so that it finds them all by one index; or what `_tbl.tables` makes of it; or one a group:
             [t, c, G, n], flat.
         scale: None, or [t, G, c].
         offset: None, or [t, G, c].
@@ -189,6 +193,9 @@ def _shared(codebook: np.ndarray, bits: int, lanes: int, machine: Machine) -> np
         return _tbl.tables(codebook)
     full = np.zeros(1 << bits, np.float32)
     full[: codebook.size] = codebook.reshape(-1)
+    if lanes == _WIDE and bits <= 2:
+        index = np.arange(_WIDE)
+        return np.concatenate([full[(index >> at) % (1 << bits)] for at in range(0, 4, bits)])
     return np.tile(full, max(1, lanes >> bits))
 
 
@@ -280,27 +287,40 @@ class Table:
         self.scale = held.pop(0) if tiles.scale is not None else None
         self.offset = held.pop(0) if tiles.offset is not None else None
         self.group = held.pop(0) if tiles.group is not None else None
-        self._wide = tiles.lanes == 16
+        self._wide = tiles.lanes == _WIDE
         self._tbl = not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine)
         self._registers = registers_of(tiles, machine)
+        self._in_fours = self._wide and self._registers > 0 and tiles.bits <= 2
 
     def weight(self, word: Expr, j: int, t: Expr, v: Expr, k: Expr) -> Expr:
         """The weights that code j of each lane of a word stands for, in row k."""
-        lanes = self._tiles.lanes
         g = 0 if self.group is None else self.group[k]
-        value = self.value(word, j, t, v, g)
+        return self.scaled(self.value(word, j, t, v, g), t, v, g)
+
+    def scaled(self, value: Expr, t: Expr, v: Expr, g: Expr) -> Expr:
+        """Entries of the codebook times the scales of group g, and its offsets added."""
+        lanes = self._tiles.lanes
         if self.scale is not None:
             value = value * _loops.load(self.scale, t, g, v * lanes, lanes=lanes)
         return value if self.offset is None else value + _loops.load(self.offset, t, g, v * lanes, lanes=lanes)
 
-    def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr) -> Expr:
-        """The codebook entries of code j of each lane of a word."""
+    def place(self, j: int) -> int:
+        """The bit of a word that a permutation needs at the bottom of a lane to find code j."""
+        bits = self._tiles.bits
+        return bits * j // 4 * 4 if self._in_fours else bits * j
+
+    def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr, *, past: int = 0) -> Expr:
+        """The codebook entries of code j of each lane of a word, of which the lowest `past` bits are gone already."""
         bits, lanes = self._tiles.bits, self._tiles.lanes
         if self._tbl:
             return _tbl.value(self._tiles.codebook, self._codebook, word, j, bits)
-        code = word if j == 0 else T.shift_right(word, _loops.splat(bits * j, lanes, "int32"))
+        shift = self.place(j) - past
+        code = word if shift == 0 else T.shift_right(word, _loops.splat(shift, lanes, "int32"))
         if not self._registers:
             return self._gathered(T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32")), t, v, g)
+        if self._in_fours:
+            table = _loops.load(self._codebook, bits * j % 4 // bits * lanes, lanes=lanes)
+            return self._permuted(table, code)
         parts = [_loops.load(self._codebook, r * lanes, lanes=lanes) for r in range(self._registers)]
         if len(parts) == 1:
             return self._permuted(parts[0], code)

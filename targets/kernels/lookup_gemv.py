@@ -99,7 +99,8 @@ def product(
     tiles = _decode.arrange(lookup, pack, e.machine)
     if tiles is None or not (_in_threads(e, tiles) or _decode.registers_of(tiles, e.machine)):
         return None
-    arrays = [x for x in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if x is not None]
+    words = _in_a_row(tiles) if at_once and e.machine.kind == "x86" else tiles.words
+    arrays = [x for x in (words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if x is not None]
     arguments = [(x.shape, str(x.dtype)) for x in arrays]
     inputs = [e.reshape(a, (rows, shape[-1])), *[e.weight(x) for x in arrays]]
     if bias is not None:
@@ -115,6 +116,11 @@ def product(
     e.note_kernel(f"lookup product: {tiles.bits} bits, {rows} x {shape[-1]} x {n}")
     result = e.call(function, inputs, [((rows, n), "float32")], name="lookup_gemv")[0]
     return e.reshape(result, (*shape[:-1], n))
+
+
+def _in_a_row(tiles: Tiles) -> np.ndarray:
+    """int8: the bytes of all words and two more, for the vector that begins in the middle of the last word."""
+    return np.append(tiles.words.reshape(-1).view(np.int8), np.zeros(2, np.int8))
 
 
 def _in_threads(e: Emitter, tiles: Tiles) -> bool:
@@ -143,13 +149,24 @@ def _body(
     # A scale multiplies the sum of its group, not each weight.
     late = scale is not None and table.offset is None and (table.group is None or run > 0)
 
+    def load(t: Expr, v: int, w: Expr, byte: int) -> Expr:
+        if len(words.shape) > 1:
+            return _loops.load(words, t, v, w, 0, lanes=lanes)
+        first = ((t * vectors + v) * -(-depth // per) + w) * (4 * lanes) + byte
+        return tirx.reinterpret(f"int32x{lanes}", _loops.load(words, first, lanes=4 * lanes))
+
     def step(sums: list[Buffer], t: Expr, w: Expr, number: int) -> None:
         order = [(j, v) for j in range(number) for v in range(vectors)]
         if machine.kind == "arm":  # `tbl` decodes four codes of a word: too many words at once do not fit in registers
             order.sort(key=lambda at: (at[1], _tbl.turn(at[0], tiles.bits)))
         for j, v in order:
-            word = _loops.load(words, t, v, w, 0, lanes=lanes)
-            value = table.value(word, j, t, v, 0) if late else table.weight(word, j, t, v, w * per + j)
+            # A vector that begins in the middle of a word has the upper half at the bottom of each lane: one shift
+            # less. It lies across two cache lines, so that more of them, from each byte on, would gain nothing.
+            past = table.place(j) // 16 * 16 if len(words.shape) == 1 else 0
+            word = load(t, v, w, past // 8)
+            g = 0 if late or table.group is None else table.group[w * per + j]
+            value = table.value(word, j, t, v, g, past=past)
+            value = value if late else table.scaled(value, t, v, g)
             for m in range(rows):
                 _add(sums[m], value * _factor(a, m, w * per, j, number, lanes, machine), v, lanes)
 
