@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import onnx
+import onnx.parser
 import onnx_ir
 import pytest
 
@@ -16,10 +18,13 @@ from mc_opt import build, ir, passes, targets
 from mc_opt.targets import Section, TileTable
 from mc_opt.targets._tile_table import Entry, Measured
 from mc_opt.tools import driver
+from tests._harness import model
 from tests.tools.conftest import Ran, proto
 
 Run = Callable[..., Ran]
 
+CONVOLUTIONS = """g (float[1,8,9,9] x) => (float[1,48,9,9] y) <float[48,8,3,3] w, float[48,1,3,3] d>
+{ c = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(c)  y = Conv<group=48, pads=[1,1,1,1]>(r, d) }"""
 FASTER = Entry("t2", (Measured("t1", 2.0, 1.0), Measured("t2", 1.0, 0.5), Measured("t3", failed="it crashed")))
 SAME = Entry("t1", (Measured("t1", 2.0, 1.0), Measured("t2", 2.0, 1.0)))
 SECTION = Section("1", "2", "fake", "toaster", (), 1, "float32", "Toaster 3000")
@@ -73,9 +78,9 @@ class Fake(targets.Target):
 
 
 def request(tmp_path: Path, **fields: object) -> driver.Request:
-    model = onnx_ir.from_proto(proto())
-    ir.infer_shapes(model)
-    base = driver.Request(model=model, targets=(Fake(),), out=tmp_path / "out")
+    mlp = onnx_ir.from_proto(proto())
+    ir.infer_shapes(mlp)
+    base = driver.Request(model=mlp, targets=(Fake(),), out=tmp_path / "out")
     return dataclasses.replace(base, **fields)
 
 
@@ -219,16 +224,17 @@ def test_a_recipe_says_it_too(tmp_path: Path):
 @pytest.mark.ci
 @pytest.mark.tvm
 @pytest.mark.zig
-def test_a_user_tunes_builds_again_and_compares(mc_opt: Run, mlp: Path, out: Path, tmp_path: Path):
+def test_a_user_tunes_builds_again_and_compares(mc_opt: Run, out: Path, tmp_path: Path):
+    ir.save_model(model(CONVOLUTIONS), path := tmp_path / "net.onnx")
     recipe = tmp_path / "r.toml"
     recipe.write_text(f'targets = ["x86"]\ntune = "quick"\ntune_table = "{tmp_path / "t.json"}"\n')
-    ran = mc_opt(mlp, "--recipe", recipe, "-o", out, "--json")
+    ran = mc_opt(path, "--recipe", recipe, "-o", out, "--json")
     assert ran.code == 0, ran.err
     (target,) = json.loads(ran.out)["report"]["targets"]
     assert (target["tuning"]["measured"], target["tuning"]["by_rule"]) == (2, [])
     assert "tune x86" in json.loads(ran.out)["timings"]["stages"]
     assert "tune-table.json" in [f["path"] for f in json.loads(ran.out)["report"]["outputs"]]
-    ran = mc_opt(mlp, "--target", "x86", "--tune-table", tmp_path / "t.json", "-o", tmp_path / "again")
+    ran = mc_opt(path, "--target", "x86", "--tune-table", tmp_path / "t.json", "-o", tmp_path / "again")
     assert ran.code == 0, ran.err
     assert "tiles: 2 shapes measured on " in ran.out
     assert bytes_of(out) == bytes_of(tmp_path / "again")
@@ -238,9 +244,20 @@ def test_a_user_tunes_builds_again_and_compares(mc_opt: Run, mlp: Path, out: Pat
     for entry in section["shapes"].values():
         entry["chosen"] = next(c["tile"] for c in entry["candidates"] if c["tile"] != entry["chosen"])
     (tmp_path / "t.json").write_text(json.dumps(data))
-    report = build(mlp, "x86", tmp_path / "other", tune_table=tmp_path / "t.json")
+    report = build(path, "x86", tmp_path / "other", tune_table=tmp_path / "t.json")
     told = report.targets[0].tuning
     assert told is not None
     by_rule = [e for e in section["shapes"].values() if e["chosen"] == e["candidates"][0]["tile"]]
     assert (told.measured, len(told.tuned)) == (2, 2 - len(by_rule))
     assert bytes_of(tmp_path / "other")["x86/model.so"] != bytes_of(out)["x86/model.so"]
+
+
+@pytest.mark.slow
+@pytest.mark.tvm
+@pytest.mark.zig
+def test_open_sizes_have_nothing_to_measure_and_that_is_said(mc_opt: Run, out: Path, tmp_path: Path):
+    text = "g (float[N,3] x) => (float[N,2] y) <float[3,2] w = {1,2,3,4,5,6}> { y = MatMul(x, w) }"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}'), tmp_path / "open.onnx")
+    ran = mc_opt(tmp_path / "open.onnx", "--target", "x86", "--tune", "quick", "-o", out)
+    assert ran.code == 0, ran.err
+    assert "tiles: no kernel offers any; those with an open size have the rule's (--shape fixes it)" in ran.out

@@ -94,6 +94,9 @@ def _print(outcome: Outcome, *, dry_run: bool) -> None:
 
 def _print_tuning(tuning: TuningReport) -> None:
     """What a table of tiles did: shape by shape where it chose another than the rule."""
+    if not tuning.measured and not tuning.by_rule:
+        click.echo("  tiles: no kernel offers any; those with an open size have the rule's (--shape fixes it)")
+        return
     parts = [f"{tuning.measured} shapes measured{f' on {tuning.processor}' if tuning.processor else ''}"]
     parts.append(f"{len(tuning.tuned)} faster than the rule's")
     if tuning.by_rule:
