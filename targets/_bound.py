@@ -18,7 +18,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from mc_opt.targets import _plan
+from mc_opt.targets import _plan, _prompt
 from mc_opt.targets._plan import ALIGNMENT, Lifetime
 
 _KILL = "relax.vm.kill_object"
@@ -56,20 +56,24 @@ class Constants:
 def bind(constants: Constants) -> tvm.transform.Pass:
     """A pass behind all that lowers calls: it makes parameters of main of what main is given once.
 
+    A second function, which reads prompts, is treated alike; its `constants` and `places` begin with its name.
+
     Args:
-        constants: collects main's.
+        constants: collects what both use.
     """
 
     def run(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
         names = {v.name_hint: v for v in module.functions}
-        taken = sorted({"constants", "places"} & set(names))
-        assert not taken, f"a kernel is called {taken[0]}, as a function of every artefact is"
-        given, made = _Parameters("constant"), _Parameters("place")
-        main = _Main(module[names["main"]]).bound(constants, given, made)
         module = module.clone()
-        module[names["main"]] = main
-        module[tvm.ir.GlobalVar("constants")] = given.function()
-        module[tvm.ir.GlobalVar("places")] = made.function()
+        for name, prefix in (("main", ""), (_prompt.NAME, f"{_prompt.NAME}_")):
+            if name not in names:
+                continue
+            taken = sorted({f"{prefix}constants", f"{prefix}places"} & set(names))
+            assert not taken, f"a kernel is called {taken[0]}, as a function of every artefact is"
+            given, made = _Parameters("constant"), _Parameters("place")
+            module[names[name]] = _Main(module[names[name]]).bound(constants, given, made)
+            module[tvm.ir.GlobalVar(f"{prefix}constants")] = given.function()
+            module[tvm.ir.GlobalVar(f"{prefix}places")] = made.function()
         return module
 
     return tvm.transform.module_pass(run, opt_level=0, name="Bind")

@@ -20,7 +20,7 @@ from tvm import relax
 
 import mc_opt
 from mc_opt import ir
-from mc_opt.targets import _bound, _cuda, _device, _machine, _manifest, _zig
+from mc_opt.targets import _bound, _cuda, _device, _machine, _manifest, _prompt, _zig
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims, intrinsics, lower
 from mc_opt.targets.kernels import _schedule, _threads
@@ -60,9 +60,7 @@ def serve() -> None:
     request = json.loads(sys.argv[2])
     machine = Machine(**{**request["machine"], "features": tuple(request["machine"]["features"])})
     try:
-        tiles = json.loads(Path(request["tiles"]).read_text(encoding="utf-8"))
-        folder = Path(request["folder"])
-        answer = _build(request["model"], folder, machine, request["form"], request["prefix"], tiles, reporter)
+        answer = _build(request, machine, reporter)
     except Exception as error:
         answer = described(error)
     reporter.send(answer)
@@ -83,24 +81,23 @@ def described(error: Exception) -> dict[str, Any]:
     return {"kind": kind, "error": text, "traceback": "".join(traceback.format_exception(error))}
 
 
-def _build(
-    path: str,
-    folder: Path,
-    machine: Machine,
-    form: str,
-    prefix: str,
-    tiles: Mapping[str, str],
-    reporter: Reporter,
-) -> dict[str, Any]:
+def _build(request: Mapping[str, Any], machine: Machine, reporter: Reporter) -> dict[str, Any]:
+    tiles = json.loads(Path(request["tiles"]).read_text(encoding="utf-8"))
+    folder, form = Path(request["folder"]), request["form"]
     intrinsics.register()
-    model = ir.load_model(path, check="structure")
+    model = ir.load_model(request["model"], check="structure")
+    reader = None
+    if request["prompt"]:
+        model, reader = _prompt.step_of(model), _prompt.reader_of(model, request["prompt"])
     target = target_of(machine)
     with reporter.step("lower"):
         # A static artefact's inputs are constant, and a GPU writes no rows one after the other.
         states = ir.states_of(model) if form == "vm" and machine.kind != "cuda" else {}
-        lowered = lower.lower(model, machine, lambda _done, _total, _what: None, states=states, tiles=tiles)
+        lowered = lower.lower(
+            model, machine, lambda _done, _total, _what: None, states=states, tiles=tiles, prompt=reader
+        )
         inputs, outputs = ([str(v.name) for v in ports] for ports in (model.graph.inputs, model.graph.outputs))
-        del model
+        del model, reader
     with target:
         with reporter.step("fuse and schedule"):
             module = fuse(lowered.module)
@@ -108,7 +105,7 @@ def _build(
             types = [([_extent(d) for d in t.shape], str(t.dtype)) for t in main.ret_ty.fields]
             module, notes = schedule(module, machine, target)
         if form == "static":
-            _write_static(module, machine, folder, prefix=prefix, names=(inputs, outputs), reporter=reporter)
+            _write_static(module, machine, folder, prefix=request["prefix"], names=(inputs, outputs), reporter=reporter)
         elif machine.kind == "cuda":
             _write_device(module, target, folder, arch=machine.cpu, code=cast(_cuda.Code, form), reporter=reporter)
         else:

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax, s_tir, tirx
 
 from mc_opt import ir
-from mc_opt.targets import _build
+from mc_opt.targets import _build, _prompt
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
 from mc_opt.targets.kernels import _choice, _schedule
@@ -65,6 +65,8 @@ def kernels(
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Kernel]]:
     """What each shape of a model offers, the rule's tile first, and one kernel of each as it is with such tiles."""
     model = ir.load_model(path, check="structure")
+    if _prompt.chunk_of(model):
+        model = _prompt.step_of(model)  # what reads a prompt keeps to the step's panels
     with _build.target_of(machine):
         lowered = lower.lower(model, machine, lambda *_: None, tiles=tiles)
         reader = _Reader(_build.fuse(lowered.module), machine)

@@ -13,6 +13,7 @@ from mc_opt.ir import IRError
 
 SCHEMA_VERSION = 2
 NAME = "manifest.json"
+_OPTIONAL = ("limits", "states", "prompt")
 # What the compiled main is given once, of artefacts for processors.
 CONSTANTS = "constants.bin"
 
@@ -48,11 +49,13 @@ class Manifest:
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     # Outputs that a caller feeds back, to the inputs that take them; those are written in place and are the outputs.
     states: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Tokens that the function `prompt` of a language model takes at once; 0 where there is none.
+    prompt: int = 0
 
     def text(self) -> str:
         """The file's text."""
         data = dataclasses.asdict(self)
-        for name in ("limits", "states"):
+        for name in _OPTIONAL:
             if not data[name]:
                 del data[name]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
@@ -95,11 +98,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
     def ports(key: str) -> tuple[Port, ...]:
         return tuple(Port(p["name"], tuple(p["shape"]), p["dtype"]) for p in data[key])
 
-    fields = {
-        f.name: data[f.name]
-        for f in dataclasses.fields(Manifest)
-        if f.name in data or f.name not in ("limits", "states")
-    }
+    fields = {f.name: data[f.name] for f in dataclasses.fields(Manifest) if f.name in data or f.name not in _OPTIONAL}
     for key in ("features", "kernels", "fallbacks"):
         fields[key] = tuple(fields[key])
     return Manifest(**{**fields, "inputs": ports("inputs"), "outputs": ports("outputs")})

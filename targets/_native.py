@@ -11,7 +11,7 @@ import onnx_ir
 
 import mc_opt
 from mc_opt import ir
-from mc_opt.targets import _c_source, _installed, _manifest, _process
+from mc_opt.targets import _c_source, _installed, _manifest, _process, _prompt
 from mc_opt.targets._base import Built, Progress
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._manifest import Port
@@ -68,8 +68,11 @@ def compile_model(
     check(model, machine.kind, form=form)
     _installed.check_compiler()
     check_nodes(model, machine.kind)
-    answer = _process.build(model, folder, machine, form=form, prefix=prefix, progress=progress, tiles=tiles)
-    inputs = _inputs(model)
+    chunk = _prompt.chunk_of(model) if form == "vm" and machine.kind != "cuda" else 0
+    answer = _process.build(
+        model, folder, machine, form=form, prefix=prefix, progress=progress, tiles=tiles, prompt=chunk
+    )
+    inputs = _inputs(_prompt.step_of(model) if chunk else model)
     outputs = tuple(Port(n, tuple(shape), dtype) for n, shape, dtype in answer["outputs"])
     if form != "static":
         (folder / "runner.cc").write_text(runner(inputs, outputs, machine), encoding="utf-8")
@@ -91,6 +94,7 @@ def compile_model(
         files=files,
         limits=answer["limits"],
         states=ir.states_of(model),
+        prompt=chunk,
     )
     (folder / _manifest.NAME).write_text(manifest.text(), encoding="utf-8")
     return Built(

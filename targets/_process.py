@@ -44,6 +44,7 @@ class Request:
         form: how it is printed.
         prefix: of the names of a static library.
         tiles: a file with the tile that each shape takes, as JSON.
+        prompt: tokens that a language model takes at once, beside one by one; 0 for one function.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Request:
     form: str
     prefix: str
     tiles: str
+    prompt: int
 
 
 def build(
@@ -63,6 +65,7 @@ def build(
     prefix: str,
     progress: Progress,
     tiles: Mapping[str, str] | None = None,
+    prompt: int = 0,
 ) -> dict[str, Any]:
     """Build the artefact's code in a child process; returns what the child says about it.
 
@@ -79,7 +82,7 @@ def build(
         ir.save_model(model, path, reload="structure")
         chosen = Path(place) / "tiles.json"  # in a file: the words of a command are limited
         ir.write_text(chosen, json.dumps(dict(tiles or {})))
-        request = Request(str(path), str(folder), machine, form, prefix, str(chosen))
+        request = Request(str(path), str(folder), machine, form, prefix, str(chosen), prompt)
 
         def hear(message: dict[str, Any]) -> bool:
             if "progress" in message:

@@ -42,19 +42,29 @@ class Processor:
         self._threads = threads
         self._cores, self._named_cores = set[int](), None
         self._configure = self._ffi.get_global_func("runtime.config_threadpool")
-        machine = open_library(path)["vm_load_executable"]()
-        machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
-        places = machine["places"]()
-        given = [*_views(machine["constants"](), constants), *_views(places, memory(_extent(places)))]
-        machine["save_function"]("main", "bound", 1, *(self._ffi.from_dlpack(array) for array in given))
-        self._machine = machine
-        self._main = machine["bound"]
+        self._machine = open_library(path)["vm_load_executable"]()
+        self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
+        self._constants = constants
+        self._functions = {"main": self._bound("main", "")}
 
-    def call(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The outputs for tensors in the order of the inputs; one call at a time."""
+    def add(self, name: str) -> None:
+        """Load a second function of the library, which has the inputs of `main` and shares its constants."""
+        self._functions[name] = self._bound(name, f"{name}_")
+
+    def _bound(self, name: str, prefix: str) -> Any:
+        places = self._machine[f"{prefix}places"]()
+        held = [
+            *_views(self._machine[f"{prefix}constants"](), self._constants),
+            *_views(places, memory(_extent(places))),
+        ]
+        self._machine["save_function"](name, f"{prefix}bound", 1, *(self._ffi.from_dlpack(array) for array in held))
+        return self._machine[f"{prefix}bound"]
+
+    def call(self, tensors: Sequence[Any], name: str = "main") -> Sequence[Any]:
+        """The outputs of a function for tensors in the order of the inputs; one call at a time."""
         if self._threads is not None:  # every thread of the caller's has a pool of its own, which other artefacts share
             self._configure(_SHARE_ALL_CORES, self._threads, self._allowed())
-        found: Sequence[Any] = self._main(*tensors)
+        found: Sequence[Any] = self._functions[name](*tensors)
         return found
 
     def _allowed(self) -> Any:

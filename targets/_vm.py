@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mc_opt.ir import DataError, IRError
-from mc_opt.targets import _gpu, _installed, _machine, _manifest, _runtime
+from mc_opt.targets import _gpu, _installed, _machine, _manifest, _prompt, _runtime
 from mc_opt.targets._manifest import Manifest, Port, names_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class Artefact:
         self._lock = threading.Lock()
         is_open = bool(names_of([p.shape for p in manifest.inputs]))
         self._machine = _machine_of(folder / "model.so", manifest, constants, threads=threads, is_open=is_open)
+        if manifest.prompt and isinstance(self._machine, _runtime.Processor):
+            self._machine.add(_prompt.NAME)
         # Inputs of one shape have their places for good: TVM takes longer to make a tensor than small models to run.
         self._places: list[np.ndarray] | None = None
         if not is_open and isinstance(self._machine, _runtime.Processor):
@@ -77,6 +79,12 @@ class Artefact:
         with self._lock:
             results = self._machine.call(tensors)
             return results, {name: self._machine.fetch(results[k]) for k, name in wanted}
+
+    def read(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Let the second function of a language model read `manifest.prompt` tokens: its outputs are the states."""
+        assert isinstance(self._machine, _runtime.Processor)  # a GPU's artefact has no such function
+        with self._lock:
+            return self._machine.call(tensors, _prompt.NAME)
 
     def _placed(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """The arrays as tensors of the machine, copied to where kernels may load whole vectors."""

@@ -87,8 +87,8 @@ def transposed(x: te.Tensor, perm: Sequence[int]) -> te.Tensor:
 class Emitter:
     """Builds the Relax function of one model, node by node."""
 
-    def __init__(self, model: onnx_ir.Model, machine: Machine) -> None:
-        self.bb, self.machine, self.model = relax.BlockBuilder(), machine, model
+    def __init__(self, model: onnx_ir.Model, machine: Machine, bb: relax.BlockBuilder | None = None) -> None:
+        self.bb, self.machine, self.model = bb or relax.BlockBuilder(), machine, model
         self.kernels, self.fallbacks = list[str](), list[str]()
         self.names: dict[str, tirx.Var] = {}  # the open dimensions of the inputs
         self.moves = Moves()

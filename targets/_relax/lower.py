@@ -12,7 +12,7 @@ import tvm
 from onnx_ir.passes.common import InlinePass
 from tvm import relax, te
 
-from mc_opt.targets import _relax
+from mc_opt.targets import _prompt, _relax
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._open import open_shapes
@@ -50,6 +50,7 @@ def lower(
     *,
     states: Mapping[str, str] | None = None,
     tiles: Mapping[str, str] | None = None,
+    prompt: onnx_ir.Model | None = None,
 ) -> Lowered:
     """Emit the Relax function `main` of a model whose inputs have static shapes, or such open ones as may be.
 
@@ -61,15 +62,29 @@ def lower(
         progress: told of every node.
         states: outputs that may be written over inputs, by name.
         tiles: the tile that each shape takes, by name; by rule where it says nothing.
+        prompt: a second model, which becomes the function `prompt` of the same module.
     """
-    table = _relax.handlers()
-    fallbacks = _inline_functions(model, table)
-    half.widen(model)
-    fallbacks += bodies.expand(model, table)
     emitter = Emitter(model, machine)
     emitter.states = states or {}
     emitter.choices = Choices(tiles)
-    emitter.fallbacks.extend(fallbacks)
+    _function(emitter, "main", progress)
+    kernels, fallbacks = list(emitter.kernels), list(emitter.fallbacks)
+    if prompt is not None:
+        second = Emitter(prompt, machine, emitter.bb)
+        second.states, second.choices = emitter.states, emitter.choices
+        _function(second, _prompt.NAME, progress)
+        kernels += [f"{_prompt.NAME}: {text}" for text in second.kernels]
+        fallbacks += [f"{_prompt.NAME}: {text}" for text in second.fallbacks]
+    limits = dict(sorted(emitter.limits.items()))
+    return Lowered(emitter.bb.get(), tuple(kernels), tuple(fallbacks), limits, emitter.choices)
+
+
+def _function(emitter: Emitter, name: str, progress: Callable[[int, int, str], None]) -> None:
+    """Emit the function of a model."""
+    model, table = emitter.model, _relax.handlers()
+    emitter.fallbacks.extend(_inline_functions(model, table))
+    half.widen(model)
+    emitter.fallbacks.extend(bodies.expand(model, table))
     inputs: list[Any] = []
     for value, shape in zip(model.graph.inputs, open_shapes(model), strict=True):
         assert value.dtype is not None
@@ -78,15 +93,13 @@ def lower(
         inputs.append(relax.Var(f"in_{len(inputs)}", relax.TensorType(sizes, dtype)))
         emitter.set(value, inputs[-1])
     nodes = list(model.graph)
-    with emitter.bb.function("main", inputs):
+    with emitter.bb.function(name, inputs):
         with emitter.bb.dataflow():
             for k, node in enumerate(nodes):
                 progress(k, len(nodes), node.op_type)
                 _emit(emitter, node, table)
             result = emitter.bb.emit_output(relax.Tuple(_outputs(emitter)))
         emitter.bb.emit_func_output(result)
-    limits = dict(sorted(emitter.limits.items()))
-    return Lowered(emitter.bb.get(), tuple(emitter.kernels), tuple(emitter.fallbacks), limits, emitter.choices)
 
 
 def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Handler]) -> None:

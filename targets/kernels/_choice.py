@@ -21,6 +21,7 @@ class Choices:
     Attributes:
         offered: the names of the candidates of each shape, the rule's first.
         tiles: which of them it takes.
+        panels: the columns of the panels in which a weight is packed, by its name; whoever reads it too keeps to them.
     """
 
     def __init__(self, table: Mapping[str, str] | None = None) -> None:
@@ -28,6 +29,7 @@ class Choices:
         self._table = dict(table or {})
         self.offered: dict[str, tuple[str, ...]] = {}
         self.tiles: dict[str, str] = {}
+        self.panels: dict[str, int] = {}
 
     def pick(self, shape: str, candidates: Mapping[str, T]) -> T:
         """The candidate of a shape; the rule's where it has no name, or nothing to choose."""

@@ -51,8 +51,11 @@ def choose(rows: int, width: int, columns: int, machine: Machine) -> Tile:
     return next(iter(candidates(rows, width, columns, machine).values()))
 
 
-def candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[str, Tile]:
-    """The tiles that `choose` thinks least time for, by name: the best few of each number of columns, its own first."""
+def candidates(rows: int, width: int, columns: int, machine: Machine, *, panel: int = 0) -> dict[str, Tile]:
+    """The tiles that `choose` thinks least time for, by name: the best few of each number of columns, its own first.
+
+    `panel` columns are what the weights are packed in already; 0 where they are not.
+    """
     if machine.kind == "cuda":
         return {"1x1x1": Tile(1, 1, 1, 1)}  # its schedules tile what threads share (_threads.py)
     vector = vector_width(columns, machine)
@@ -62,7 +65,7 @@ def candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[st
     # (measured with AVX-512: 64 columns reach 80 % of 48); only few positions need them, to hide the latency.
     widest = (3 if machine.kind == "x86" else 2) if rows * width >= 4 else 8
     ranked = []
-    for held in range(1, min(widest, vectors) + 1):
+    for held in [panel // vector] if panel else range(1, min(widest, vectors) + 1):
         found = []
         for wide in range(1, min(width, limit // held) + 1):
             for high in range(1, min(rows, limit // (held * wide)) + 1):
@@ -79,11 +82,11 @@ def candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[st
     return {_choice.by(t.high, t.wide, t.columns): t for t in worth[: _choice.MOST]}
 
 
-def exact_candidates(rows: int, width: int, columns: int, machine: Machine) -> dict[str, Tile]:
+def exact_candidates(rows: int, width: int, columns: int, machine: Machine, *, panel: int = 0) -> dict[str, Tile]:
     """Tiles by name where the last ones are as small as what is left, the least estimated time first.
 
     The first is the rule's: it leaves height and width to `positions`, as 0. The others are the best few of each number
-    of columns, so that what is measured differs in more than one way.
+    of columns, so that what is measured differs in more than one way. `panel` is as in `candidates`.
     """
     if machine.kind == "cuda":
         return {"1x1x1": Tile(1, 1, 1, 1)}
@@ -91,7 +94,7 @@ def exact_candidates(rows: int, width: int, columns: int, machine: Machine) -> d
     vectors = math.ceil(columns / vector)
     widest = (3 if machine.kind == "x86" else 2) if rows * width >= 4 else 8
     best, others = [], []
-    for held in range(1, min(widest, vectors) + 1):
+    for held in [panel // vector] if panel else range(1, min(widest, vectors) + 1):
         first, *rest = [
             (cost, high, wide, held)
             for cost, _, high, wide in _positions(rows, width, vectors, held, machine)[:_OF_EACH_WIDTH]

@@ -230,7 +230,12 @@ def _chosen(e: Emitter, a: relax.Expr, right: onnx_ir.Value, columns: Dim) -> tu
     weights = f"{_choice.by(*lead)} weights, " if lead else ""
     shape = f"product {_choice.by(*dims.sizes(a))} -> {columns}, {weights}{a.ty.dtype}"
     offered = _tile.candidates if lead else _tile.exact_candidates
-    return shape, e.choices.pick(shape, offered(1, dims.sizes(a)[-2], columns, e.machine))
+    if e.constant(right) is None:  # codes stand in an order of their own
+        return shape, e.choices.pick(shape, offered(1, dims.sizes(a)[-2], columns, e.machine))
+    panels, name = e.choices.panels, str(right.name)
+    tile = e.choices.pick(shape, offered(1, dims.sizes(a)[-2], columns, e.machine, panel=panels.get(name, 0)))
+    panels[name] = tile.columns
+    return shape, tile
 
 
 def tile_for(rows: Dim, columns: Dim, e: Emitter) -> Tile:

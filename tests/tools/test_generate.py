@@ -54,7 +54,7 @@ def test_onnx(mc_opt: Callable[..., Ran], saved: tuple[Path, str], tmp_path: Pat
 def test_artefact(mc_opt: Callable[..., Ran], saved: tuple[Path, str], tmp_path: Path) -> None:
     folder, wanted = saved
     out = tmp_path / "out"
-    words = ("--max-length", "24", "--shape", "input_ids=1x1", "--target", "x86", "-o", out)
+    words = ("--max-length", "24", "--target", "x86", "-o", out)
     made = mc_opt("--from-transformers", folder, *words)
     assert made.code == 0, made.err
     manifest = json.loads((out / "x86/manifest.json").read_text())
@@ -63,6 +63,13 @@ def test_artefact(mc_opt: Callable[..., Ran], saved: tuple[Path, str], tmp_path:
     answer: dict[str, Any] = json.loads(ran.out)
     assert answer["text"] == wanted
     assert answer["run_by"].startswith("x86{")
+    # A prompt that goes in at once, as long as the cache but for the token that is asked for.
+    assert manifest["prompt"] == 24
+    texts = [
+        json.loads(mc_opt("run", out, "--generate", "once upon a time, hello", "--tokens", "2", "--json", *more).out)
+        for more in ((), ("--target", "onnx"))
+    ]
+    assert texts[0]["text"] == texts[1]["text"] and texts[0]["prompt_tokens"] == 23
 
 
 @pytest.mark.parametrize(
