@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler, Layout, to_nhwc
 from mc_opt.targets._relax.mapped import constant, held, reader
 from mc_opt.targets._relax.shape import first, ints
+from mc_opt.targets.kernels import row_reduce
 from mc_opt.targets.kernels._math import type_of
 
 Expr = Any
@@ -57,6 +59,20 @@ _RECIPES: dict[str, Recipe] = {
 }
 
 
+def _add(a: Expr, b: Expr) -> Expr:
+    return a + b
+
+
+# How two partial results of a row become one, and with what a row begins.
+_FOLDS: dict[str, tuple[Callable[[Expr, Expr], Expr], float]] = {
+    **dict.fromkeys(
+        ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean", "ReduceSum", "ReduceSumSquare"), (_add, 0.0)
+    ),
+    "ReduceMax": (tirx.max, -row_reduce.LARGEST),
+    "ReduceMin": (tirx.min, row_reduce.LARGEST),
+}
+
+
 def _axes(e: Emitter, node: onnx_ir.Node, rank: int) -> tuple[int, ...]:
     axes = ints(e, node, 1, "the axes") if len(node.inputs) > 1 else e.attribute(node, "axes", None)
     if not axes:
@@ -78,6 +94,15 @@ def _reduce(e: Emitter, node: onnx_ir.Node) -> None:
     result = [1 if k in axes else s for k, s in enumerate(shape)] if keeps else [shape[k] for k in kept]
     stored: Layout = layout if keeps else "plain"
     count = dims.product(shape[k] for k in axes)
+    order = to_nhwc(len(shape)) if layout == "nhwc" else range(len(shape))
+    trails = set(order[len(shape) - len(axes) :]) == set(axes)
+    if trails and node.op_type in _FOLDS and row_reduce.takes(e, e.dtype(x), count):
+        combine, start = _FOLDS[node.op_type]
+        flat = [shape[k] for k in order if k not in axes]
+        fold = functools.partial(row_reduce.folded, take=take, combine=combine, start=start, finish=finish)
+        y = fold(e, expr, flat, count, name=node.op_type.lower())
+        e.set(output, e.reshape(y, _stored(result, stored)), stored)
+        return
 
     def fn(a: te.Tensor) -> te.Tensor:
         read = reader(a, layout)
@@ -143,6 +168,11 @@ def _arg(e: Emitter, node: onnx_ir.Node) -> None:
     keeps, takes_last = bool(e.attribute(node, "keepdims", 1)), bool(e.attribute(node, "select_last_index", 0))
     sign = -1 if node.op_type == "ArgMin" else 1
     result = [1 if k == axis else s for k, s in enumerate(shape) if keeps or k != axis]
+    if axis == len(shape) - 1 and row_reduce.takes(e, e.dtype(x), shape[axis]):
+        what = row_reduce.Extreme(node.op_type.lower(), is_least=sign < 0, is_last=takes_last)
+        y = row_reduce.place(e, e.plain(x), shape[:axis], shape[axis], what)
+        e.set(node.outputs[0], e.reshape(y, tuple(result)))
+        return
 
     def better(a: Any, b: Any) -> Any:
         ahead = a[1] > b[1] if sign > 0 else a[1] < b[1]

@@ -20,6 +20,8 @@ SCHEDULED = "mc_opt.scheduled"
 
 # Operations of a loop that are worth starting threads for; the loops say how many they count an element.
 _WORTH = 1 << 18
+# Vectors of partial results that a row is folded into.
+_CHAINS = 4
 
 # Expressions, buffers and PrimFuncs of an untyped package.
 Expr = Any
@@ -130,25 +132,67 @@ def reduce_row(
     lanes: int,
     dtype: str = "float32",
 ) -> Expr:
-    """Fold `read(index, width)` over [0, length): one partial result a lane, then the lanes, then what is left.
+    """Fold `read(index, width)` over [0, length): partial results a lane, then the lanes in halves, with what is left.
 
-    Writes the loops and returns the expression that reads the result.
+    Several vectors of partial results hide the latency of a combination. Writes the loops and returns the expression
+    that reads the result.
     """
     result = registers(1, 1, dtype)
+    if not isinstance(length, int):
+        _reduce_open_row(result, read, length, combine, start, lanes)
+        return result[0]
+    runs = {width: (first, count) for first, count, width in split(length, lanes)}
+    widest = max(runs, default=1)
+    first, count = runs.pop(widest, (0, 0))
+    chains = min(_CHAINS, max(count, 1))
+    partial = registers(chains, widest, dtype)
+    for k in range(chains):
+        store(partial, splat(start, widest, dtype), k * widest, lanes=widest)
+
+    def add(index: Expr, width: int, place: int = 0) -> None:
+        store(partial, combine(load(partial, place, lanes=width), read(index, width)), place, lanes=width)
+
+    rounds = count // chains
+    if rounds:
+        with T.serial(0, rounds) as i:
+            for k in range(chains):
+                add((i * chains + k) * widest + first, widest, k * widest)
+    for k in range(count % chains):
+        add(tirx.const((rounds * chains + k) * widest + first, "int32"), widest, k * widest)
+    for k in range(1, chains):
+        other = load(partial, k * widest, lanes=widest)
+        store(partial, combine(load(partial, 0, lanes=widest), other), 0, lanes=widest)
+    width = widest // 2
+    while width:
+        half = load(partial, width, lanes=width)
+        store(partial, combine(load(partial, 0, lanes=width), half), 0, lanes=width)
+        if width in runs:
+            add(tirx.const(runs[width][0], "int32"), width)
+        width //= 2
+    T.buffer_store(result, partial[0], [0])
+    return result[0]
+
+
+def _reduce_open_row(
+    result: Buffer,
+    read: Callable[[Expr, int], Expr],
+    length: Dim,
+    combine: Callable[[Expr, Expr], Expr],
+    start: float,
+    lanes: int,
+) -> None:
+    """`reduce_row` for a length that the run tells."""
+    dtype = str(result.dtype)
     T.buffer_store(result, tirx.const(start, dtype), [0])
     whole = length // lanes
-    if not dims.same(whole, 0) and lanes > 1:
-        partial = registers(1, lanes, dtype)
-        store(partial, splat(start, lanes, dtype), 0, lanes=lanes)
-        with T.serial(0, whole) as i:
-            store(partial, combine(load(partial, 0, lanes=lanes), read(i * lanes, lanes)), 0, lanes=lanes)
-        with T.serial(0, lanes) as i:
-            T.buffer_store(result, combine(result[0], partial[i]), [0])
-    first = whole * lanes if lanes > 1 else 0
-    if not dims.same(first, length):
-        with T.serial(0, length - first) as i:
-            T.buffer_store(result, combine(result[0], read(i + first, 1)), [0])
-    return result[0]
+    partial = registers(1, lanes, dtype)
+    store(partial, splat(start, lanes, dtype), 0, lanes=lanes)
+    with T.serial(0, whole) as i:
+        store(partial, combine(load(partial, 0, lanes=lanes), read(i * lanes, lanes)), 0, lanes=lanes)
+    with T.serial(0, lanes) as i:
+        T.buffer_store(result, combine(result[0], partial[i]), [0])
+    with T.serial(0, length - whole * lanes) as i:
+        T.buffer_store(result, combine(result[0], read(i + whole * lanes, 1)), [0])
 
 
 def map_row(write: Callable[[Expr, int], None], length: Dim, *, lanes: int) -> None:

@@ -24,8 +24,8 @@ from mc_opt.targets.kernels._loops import SCHEDULED
 _UNROLLED_STEPS = 32
 _UNROLLED_PRODUCTS = 96
 
-# Vectors of sums that a reduction keeps in registers.
-_SUMS = 16
+# Vectors of sums that a reduction keeps in registers, and the shortest vector that is worth it.
+_SUMS, _SHORTEST = 16, 4
 
 _SPATIAL, _REDUCE = 0, 2
 # relax.OpPatternKind of an injective function.
@@ -333,8 +333,9 @@ def _reduction(state: Any, block: Any, machine: Machine) -> None:
     steps = [x for x, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
     work = _work(state, loops) / _split.ELEMENTS
     lanes = machine.lanes
-    if kept and _extent(state, kept[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=True):
-        whole, lane = state.split(kept.pop(), [None, lanes])
+    width = math.gcd(_extent(state, kept[-1]), lanes) if kept else 1
+    if width >= min(_SHORTEST, lanes) and _reads_last(state, block, kept_axis=True):
+        whole, lane = state.split(kept.pop(), [None, width])
         # Several vectors at once hide the latency of a sum, and read whole runs of memory.
         whole, held = state.split(whole, [None, _divisor(_extent(state, whole), _SUMS)])
         state.reorder(*kept, whole, *steps, held, lane)

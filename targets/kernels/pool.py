@@ -13,7 +13,7 @@ from tvm import relax, te, tirx
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _math, _tile, _window
+from mc_opt.targets.kernels import _math, _tile, _window, row_reduce
 from mc_opt.targets.kernels._window import Axis, Sliding, Window, axes_of, shape_of, tap
 from mc_opt.targets.kernels.conv import window
 
@@ -167,10 +167,27 @@ def _root(value: Any, p: int) -> Any:
             return tirx.power(value, _math.constant(1.0 / p, value))
 
 
+def _pool_rows(e: Emitter, node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
+    """The mean of each channel where its positions stand side by side; False where another kernel is better."""
+    n, c, *spatial = e.shape(value)
+    if not dims.is_static(spatial) or not row_reduce.takes(e, e.dtype(value), math.prod(spatial)):
+        return False
+
+    def mean(total: Any, count: Any) -> Any:
+        return total * tirx.const(1.0 / count, "float32")
+
+    fold = functools.partial(row_reduce.folded, take=lambda v: v, combine=lambda a, b: a + b, start=0.0, finish=mean)
+    y = fold(e, e.plain(value), [n, c], dims.product(spatial), name="global_pool")
+    e.set(node.outputs[0], e.reshape(y, (n, c, *[1] * len(spatial))))
+    return True
+
+
 def global_pool(e: Emitter, node: onnx_ir.Node) -> None:
     """GlobalAveragePool, GlobalMaxPool, GlobalLpPool: one value a channel."""
     value = node.inputs[0]
     assert value is not None
+    if e.layout(value) == "plain" and node.op_type == "GlobalAveragePool" and _pool_rows(e, node, value):
+        return
     x = e.nhwc(value)
     n, *spatial, c = dims.sizes(x)
     count = math.prod(spatial)

@@ -72,12 +72,12 @@ def _rows(shape: Sequence[Dim], dtype: str, machine: Machine, log: bool, x: Buff
     with _loops.each(outer, machine, work=8 * outer * length) as o:
         highest = row(lambda i, w: _loops.load(x, o, i, lanes=w), combine=tirx.max, start=_LOWEST[dtype])
 
-        def exponential(i: Expr, width: int) -> None:
+        def exponential(i: Expr, width: int) -> Expr:
             shifted = _loops.load(x, o, i, lanes=width) - _loops.splat(highest, width)
             _loops.store(y, _exp(shifted, dtype), o, i, lanes=width)
+            return _loops.load(y, o, i, lanes=width)
 
-        _loops.map_row(exponential, length, lanes=lanes)
-        total = row(lambda i, w: _loops.load(y, o, i, lanes=w), combine=_add, start=0.0)
+        total = row(exponential, combine=_add, start=0.0)
         factor = _loops.registers(1, 1, dtype)
         T.buffer_store(factor, highest + tirx.log(total) if log else tirx.const(1, dtype) / total, [0])
 

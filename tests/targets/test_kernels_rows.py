@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import special
 from tvm import s_tir, te
 
@@ -42,6 +44,64 @@ def test_normalisation(op, shape, parameters):
     dims = ",".join(map(str, shape))
     text = f"g (float[{dims}] x) => (float[{dims}] y) {{ y = {op}(x, {', '.join(parameters)}) }}"
     check(text, {name: normal(*size, seed=k) for k, (name, size) in enumerate(parameters.items())})
+
+
+REDUCTIONS = ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"]
+EXTREMES = [
+    f"{op}<axis=-1, keepdims={keeps}, select_last_index={last}>"
+    for op, keeps, last in [("ArgMax", 0, 0), ("ArgMax", 1, 1), ("ArgMin", 0, 1), ("ArgMin", 1, 0)]
+]
+
+
+def _reduced(shape, axes, cpu):
+    """Every reduction of some axes, and where the extremes along the last one are."""
+    dims = ",".join(map(str, shape))
+    kept = ",".join(str(d) for k, d in enumerate(shape) if k not in axes)
+    lines = [f"y{k} = {op}<keepdims=0>(x, axes)" for k, op in enumerate(REDUCTIONS)]
+    outs = [f"float[{kept}] y{k}" for k in range(len(REDUCTIONS))]
+    lines += [f"z{k} = {op}(x)" for k, op in enumerate(EXTREMES)]
+    for k, op in enumerate(EXTREMES):
+        last = [1] if "keepdims=1" in op else []
+        outs.append(f"int64[{','.join(map(str, [*shape[:-1], *last]))}] z{k}")
+    text = f"g (float[{dims}] x) => ({', '.join(outs)}) {{ {' '.join(lines)} }}"
+    check(text, {"axes": np.array(axes)}, cpu=cpu)
+
+
+@pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
+@pytest.mark.parametrize("shape", [(3, 37), (2, 5, 7, 11)])
+def test_reductions_of_rows(shape, cpu):
+    _reduced(shape, tuple(range(1 if len(shape) == 2 else 2, len(shape))), cpu)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    count=st.integers(1, 3),
+    is_leading=st.booleans(),
+    cpu=st.sampled_from(["native", "x86-64-v3"]),
+)
+def test_reductions_of_any_shape(shape, count, is_leading, cpu):
+    count = min(count, len(shape))
+    axes = range(count) if is_leading else range(len(shape) - count, len(shape))
+    _reduced(shape, tuple(axes), cpu)
+
+
+@pytest.mark.parametrize(("values", "places"), [([5, 1, 5, 0] * 5, [0, 18]), ([np.nan] * 20, [0, 0])])
+def test_first_and_last_of_equals(values, places):
+    text = """g (float[1,20] x) => (int64[1] y, int64[1] z)
+        { y = ArgMax<axis=-1, keepdims=0>(x) z = ArgMax<axis=-1, keepdims=0, select_last_index=1>(x) }"""
+    loaded, _, notes = build(model(text), machine())
+    results = loaded["main"](tvm.runtime.tensor(np.array([values], np.float32)))
+    assert [int(r.numpy()[0]) for r in results] == places
+    assert notes == []
+
+
+@pytest.mark.parametrize("channels", [24, 100, 16])
+def test_mean_of_positions_where_channels_stand_last(channels):
+    text = f"""g (float[1,3,9,10] x) => (float[1,{channels},1,1] y)
+        {{ c = Conv(x, w) y = GlobalAveragePool(c) }}"""
+    check(text, {"w": normal(channels, 3, 1, 1)})
 
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
