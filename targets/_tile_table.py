@@ -144,8 +144,10 @@ class TileTable:
             raise IRError(f"{path}: cannot be read ({error.strerror}); name a table that --tune quick wrote") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
-            raise IRError(f"{path}: is no table of tiles ({problem}); name one that --tune quick wrote") from None
-        raise IRError(f"{path}: has schema version {version}, this mc-opt reads {SCHEMA_VERSION}; tune again")
+            raise IRError(f"{path}: is no table of tiles ({problem}); name another, or delete it") from None
+        raise IRError(
+            f"{path}: has schema version {version}, this mc-opt reads {SCHEMA_VERSION}; delete it and tune again"
+        )
 
     def section(self, machine: Machine) -> Section:
         """What holds for a machine and the versions that are here; an empty section where there is nothing."""

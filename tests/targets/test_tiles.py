@@ -121,7 +121,6 @@ def run(main, arrays):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.zig
 def test_the_same_table_gives_the_same_bytes(tmp_path: Path):
     proto = model(*CASES["conv"])
