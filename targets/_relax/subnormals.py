@@ -11,6 +11,8 @@ from typing import Any
 import tvm
 from tvm import tirx
 
+# What starts threads outside of their parallel loops.
+_LAUNCH = "pragma_parallel_launch_point"
 _FLUSH, _RESTORE = "mc_opt_flush_subnormals", "mc_opt_restore_subnormals"
 
 # MXCSR: bit 15 flushes results (FTZ), bit 6 operands (DAZ). FPCR: bit 24 (FZ) flushes both, of all but halves.
@@ -75,7 +77,9 @@ def _in_threads(statement: Any) -> Any:
     """The statement with each parallel loop flushed where a thread enters its share of the loop."""
     if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
         zero = tvm.tirx.IntImm("int32", 0)
-        return tirx.AttrStmt(zero, "pragma_parallel_launch_point", zero, _around(statement))
+        return tirx.AttrStmt(zero, _LAUNCH, zero, _around(statement))
+    if isinstance(statement, tirx.AttrStmt) and statement.attr_key == _LAUNCH:  # a kernel that starts threads itself
+        return tirx.AttrStmt(statement.node, _LAUNCH, statement.value, _around(statement.body))
     return _rebuilt(statement, _in_threads)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -42,6 +43,7 @@ class Cell:
         activations: the functions f, g, h of ONNX.
         clip: the limit of what goes into an activation; 0 for none.
         linear: GRU's linear_before_reset.
+        threads: how many share the hidden units of a step.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Cell:
     activations: tuple[Activation, ...]
     clip: float
     linear: bool
+    threads: int = 1
 
     @property
     def gates(self) -> int:
@@ -77,9 +80,12 @@ class Cell:
 
 
 def _through_time(
-    cell: Cell, h0: Buffer, h: Buffer, step: Callable[[Expr, Expr, Expr], None], before: Callable[[Expr], None]
+    cell: Cell, h0: Buffer, h: Buffer, step: Callable[[Expr, Expr], None], before: Callable[[Expr], None]
 ) -> None:
-    """Copy the initial states, then call step(number, batch row, row of G) in the order of time."""
+    """Copy the initial states, then call step(number, first row of G) in the order of time.
+
+    Threads are started once, and all run through time; at the end of their tiles they wait for each other.
+    """
     with T.serial(0, cell.batch) as b:
         before(b)
 
@@ -87,9 +93,17 @@ def _through_time(
             _loops.store(h, _loops.load(h0, b, i, lanes=width), 0, b, i, lanes=width)
 
         _loops.map_row(copy, cell.width, lanes=cell.lanes)
-    with T.serial(0, cell.steps) as s, T.serial(0, cell.batch) as b:
+    start = {"pragma_parallel_launch_point": 1} if cell.threads > 1 else {}
+    with T.serial(0, cell.steps, annotations=start) as s:
         time = cell.steps - 1 - s if cell.reverse else s
-        step(s, b, time * cell.batch + b)
+        step(s, time * cell.batch)
+
+
+def _tiles(cell: Cell) -> Any:
+    """The vectors of hidden units of a step, shared by the threads."""
+    if cell.threads == 1:
+        return T.serial(0, cell.tiles)
+    return T.parallel(0, cell.tiles, annotations={"pragma_parallel_barrier_when_finish": 1})
 
 
 def _sums(
@@ -101,23 +115,25 @@ def _sums(
     next steps, which some trained cells amplify a thousandfold.
     """
     chains = next((n for n in (4, 2) if cell.hidden % n == 0 and n * len(gates) <= cell.sums), 1)
-    sums = _loops.registers(len(gates) * chains, cell.lanes)
+    # A buffer a gate: TVM takes large ones from a pool, where a thread's code writes them at every step.
+    sums = [_loops.registers(chains, cell.lanes) for _ in gates]
 
     def partial(n: int, c: int) -> Expr:
-        return _loops.load(sums, (n * chains + c) * cell.lanes, lanes=cell.lanes)
+        return _loops.load(sums[n], c * cell.lanes, lanes=cell.lanes)
 
-    for n in range(len(gates) * chains):
-        _loops.store(sums, _loops.splat(0.0, cell.lanes), n * cell.lanes, lanes=cell.lanes)
+    for held in sums:
+        for c in range(chains):
+            _loops.store(held, _loops.splat(0.0, cell.lanes), c * cell.lanes, lanes=cell.lanes)
     with T.serial(0, cell.hidden // chains) as k:
         for c in range(chains):
             row = k * chains + c
             factor = _loops.splat(read(row), cell.lanes)
             for n, gate in enumerate(gates):
                 term = factor * _loops.load(r, tile, row, gate * cell.lanes, lanes=cell.lanes)
-                _loops.store(sums, partial(n, c) + term, (n * chains + c) * cell.lanes, lanes=cell.lanes)
+                _loops.store(sums[n], partial(n, c) + term, c * cell.lanes, lanes=cell.lanes)
     for n, gate in enumerate(gates):
         total = functools.reduce(operator.add, (partial(n, c) for c in range(chains)))
-        _loops.store(sums, start(gate) + total, n * chains * cell.lanes, lanes=cell.lanes)
+        _loops.store(sums[n], start(gate) + total, 0, lanes=cell.lanes)
     return [partial(n, 0) for n in range(len(gates))]
 
 
@@ -131,8 +147,9 @@ def lstm(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, c0: Buffer, h: Buffer, c:
             lambda i, w: _loops.store(c, _loops.load(c0, b, i, lanes=w), b, i, lanes=w), cell.width, lanes=lanes
         )
 
-    def step(s: Expr, b: Expr, row: Expr) -> None:
-        with T.serial(0, cell.tiles) as tile:
+    def step(s: Expr, first: Expr) -> None:
+        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
+            row = first + b
             i, o, forget, new = _sums(
                 cell,
                 lambda gate: _loops.load(g, row, (tile * 4 + gate) * lanes, lanes=lanes),
@@ -154,8 +171,9 @@ def rnn(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, h: Buffer) -> None:
     """RNN: one gate."""
     lanes = cell.lanes
 
-    def step(s: Expr, b: Expr, row: Expr) -> None:
-        with T.serial(0, cell.tiles) as tile:
+    def step(s: Expr, first: Expr) -> None:
+        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
+            row = first + b
             (total,) = _sums(
                 cell,
                 lambda _: _loops.load(g, row, tile * lanes, lanes=lanes),
@@ -185,8 +203,9 @@ def gru(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, *rest: Buffer) -> None:
         old = _loops.load(h, s, b, tile * lanes, lanes=lanes)
         _loops.store(h, new + z * (old - new), s + 1, b, tile * lanes, lanes=lanes)
 
-    def linear_step(s: Expr, b: Expr, row: Expr) -> None:
-        with T.serial(0, cell.tiles) as tile:
+    def linear_step(s: Expr, first: Expr) -> None:
+        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
+            row = first + b
 
             def start(gate: int) -> Expr:
                 if gate == 2:
@@ -197,13 +216,15 @@ def gru(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, *rest: Buffer) -> None:
             held = gate_input(row, tile, 2) + f(cell.limited(reset)) * pulled
             _update(cell, mixed, f(cell.limited(z)), act(cell.limited(held)), s, b, tile)
 
-    def step(s: Expr, b: Expr, row: Expr) -> None:
-        with T.serial(0, cell.tiles) as tile:
+    def step(s: Expr, first: Expr) -> None:
+        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
+            row = first + b
             z, reset = _sums(cell, functools.partial(gate_input, row, tile), lambda k: h[s, b, k], r, tile, range(2))
             _loops.store(updates, f(cell.limited(z)), b, tile * lanes, lanes=lanes)
             old = _loops.load(h, s, b, tile * lanes, lanes=lanes)
             _loops.store(resets, f(cell.limited(reset)) * old, b, tile * lanes, lanes=lanes)
-        with T.serial(0, cell.tiles) as tile:
+        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
+            row = first + b
             (new,) = _sums(cell, functools.partial(gate_input, row, tile), lambda k: resets[b, k], r, tile, (2,))
             z = _loops.load(updates, b, tile * lanes, lanes=lanes)
             _update(cell, mixed, z, act(cell.limited(new)), s, b, tile)

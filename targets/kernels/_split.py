@@ -9,8 +9,9 @@ from mc_opt.targets._machine import Machine
 # Nanoseconds that one thread must take before a second one helps: TVM's pool starts and joins threads in two
 # microseconds (measured while it spins, two threads).
 _WORTH = 8000
-# Work of one kind in a nanosecond: multiply-adds of register tiles and of channelwise windows, elements that are moved.
-SUMS, TAPS, ELEMENTS = 80, 30, 4
+# Work of one kind in a nanosecond: multiply-adds of register tiles, of channelwise windows and of weights that are read
+# for one product only; elements that are moved.
+SUMS, TAPS, WEIGHTS, ELEMENTS = 80, 30, 30, 4
 # A share may be so much larger than the mean of all.
 EVEN = 0.94
 

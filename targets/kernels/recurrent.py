@@ -23,10 +23,12 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _cells, _cells_shared, _loops, _tile, _weights
+from mc_opt.targets.kernels import _cells, _cells_shared, _loops, _split, _tile, _weights
 from mc_opt.targets.kernels._tile import Tile
 from mc_opt.targets.kernels.gemm import product
 
+# Nanoseconds of a step that threads share: at its end they wait for each other about a quarter of a microsecond.
+_SHORTEST_STEP = 1500
 _DEFAULT = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
 
 
@@ -62,9 +64,18 @@ def recurrent(e: Emitter, node: onnx_ir.Node) -> None:
             clip=float(e.attribute(node, "clip", 0.0)),
             linear=bool(e.attribute(node, "linear_before_reset", 0)),
         )
+        cell = dataclasses.replace(cell, threads=_threads(cell, e.machine))
         states.append(_direction(e, cell, x, w, r, biases, initial_h, initial_c))
     e.note_kernel(f"{kind} {node.name}: {dims.text(steps)} steps, {hidden} hidden units")
     _finish(e, node, states, directions, (steps, batch, hidden))
+
+
+def _threads(cell: _cells.Cell, machine: Machine) -> int:
+    """How many threads share a step, which has to be long enough for them to wait for each other at its end."""
+    step = dims.nominal(cell.batch) * cell.width * cell.hidden * cell.gates / _split.WEIGHTS
+    if step < _SHORTEST_STEP or cell.tiles < machine.threads:
+        return 1
+    return _split.threads(dims.nominal(cell.steps) * step, machine)
 
 
 def _refuse(

@@ -10,7 +10,7 @@ from tvm import s_tir, te
 
 from mc_opt.targets import TargetError
 from mc_opt.targets._build import llvm_target
-from mc_opt.targets.kernels import _math
+from mc_opt.targets.kernels import _math, _split, recurrent
 from tests.targets._kernels import build, check, machine, model, normal
 
 pytestmark = pytest.mark.tvm
@@ -134,6 +134,13 @@ def test_recurrent_initial_state_and_clip(op):
 
 def test_gru_resets_after_the_product():
     check(*_recurrent("GRU", direction="bidirectional", extra=", linear_before_reset=1"))
+
+
+@pytest.mark.parametrize(("op", "extra"), [*[(op, "") for op in GATES], ("GRU", ", linear_before_reset=1")])
+def test_threads_share_the_hidden_units_of_a_step(op, extra, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    monkeypatch.setattr(recurrent, "_SHORTEST_STEP", 0)
+    check(*_recurrent(op, steps=9, hidden=45, direction="reverse", initial=True, extra=extra), threads=2)
 
 
 def test_other_activations():
