@@ -279,7 +279,6 @@ def _swish(e: Emitter, node: onnx_ir.Node) -> Callable[..., Expr]:
 
 HANDLERS: dict[str, Handler] = {
     "Abs": _fixed(lambda x: tirx.abs(x)),
-    "Add": _fixed(lambda a, b: a + b),
     "And": _fixed(lambda a, b: tirx.all(a, b)),
     "BitShift": _op(_shift),
     "BitwiseAnd": _fixed(lambda a, b: a & b),

@@ -8,8 +8,8 @@ from mc_opt.targets._relax import dims, elementwise
 from mc_opt.targets._relax.emitter import Emitter
 
 _MORE = """
-ArgMax ArgMin AveragePool BatchNormalization Concat ConstantOfShape Conv CumSum DepthToSpace DequantizeLinear Expand
-Flatten GRU Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization
+Add ArgMax ArgMin AveragePool BatchNormalization Concat ConstantOfShape Conv CumSum DepthToSpace DequantizeLinear
+Expand Flatten GRU Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization
 InstanceNormalization LSTM LayerNormalization LogSoftmax LpPool MatMul MaxPool Pad QuantizeLinear RMSNormalization RNN
 Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
 ReduceSumSquare Reshape ScatterND Shape Size Slice Softmax SpaceToDepth Split Squeeze Tile Transpose Trilu Unsqueeze

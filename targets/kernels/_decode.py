@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx_ir
 from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -70,6 +71,24 @@ class Tiles:
     def lanes(self) -> int:
         """Lanes of a vector of words."""
         return int(self.words.shape[-1])
+
+
+def terms(e: Emitter, value: onnx_ir.Value | None) -> tuple[LookupWeight, ...]:
+    """The packed weights of one shape whose sum a value is, as shift codes of two terms; none of any other value."""
+    lookup = e.lookup(value)
+    if lookup is not None:
+        return (lookup,)
+    node = None if value is None else value.producer()
+    if node is None or node.domain or node.op_type != "Add":
+        return ()
+    parts = [terms(e, v) for v in node.inputs]
+    found = tuple(lookup for part in parts for lookup in part)
+    return found if all(parts) and len({lookup.shape for lookup in found}) == 1 else ()
+
+
+def added(e: Emitter, a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    """The sum of two values of one shape."""
+    return e.te(lambda x, y: te.compute(x.shape, lambda *i: x(*i) + y(*i), name="added"), a, b, name="added")
 
 
 def codes_of(weight: LookupWeight) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,10 +24,10 @@ def packed(e: Emitter, value: onnx_ir.Value, pack: Pack) -> relax.Expr | None:
     array = e.constant(value)
     if array is not None:
         return e.weight(pack(array))
-    lookup = e.lookup(value)
-    if lookup is None:
+    parts = [_decode.tiled(e, lookup, pack) for lookup in _decode.terms(e, value)]
+    if not parts or any(part is None for part in parts):
         return None
-    return _decode.tiled(e, lookup, pack)
+    return functools.reduce(functools.partial(_decode.added, e), parts)
 
 
 def pad_to(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:

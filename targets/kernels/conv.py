@@ -57,8 +57,8 @@ def constant_weight(
         return expr
 
     if e.constant(value) is None:
-        lookup = e.lookup(value)
-        if lookup is None or not _decode.fits(lookup, lambda array: _pack(ordered(array), columns=1)):
+        terms = _decode.terms(e, value)
+        if not terms or not all(_decode.fits(t, lambda array: _pack(ordered(array), columns=1)) for t in terms):
             return None
     return Weight(tuple(shape), packed, is_constant=True)
 

@@ -15,7 +15,8 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.targets._base import TargetError
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler, LookupWeight
-from mc_opt.targets.kernels import _loops, _outliers
+from mc_opt.targets._relax.mapped import elementwise
+from mc_opt.targets.kernels import _decode, _loops, _outliers
 from mc_opt.targets.kernels._loops import Buffer
 
 
@@ -112,6 +113,17 @@ def lookup(e: Emitter, node: onnx_ir.Node) -> None:
     e.set_lazy(node.outputs[0], weight.shape, functools.partial(decode, e, weight))
 
 
+def add(e: Emitter, node: onnx_ir.Node) -> None:
+    """Add; a sum of packed weights emits nothing until a consumer asks for it dense."""
+    left, right = node.inputs
+    assert left is not None and right is not None
+    terms = _decode.terms(e, node.outputs[0])
+    if not terms:
+        elementwise(e, node.outputs[0], [left, right], lambda a, b: a + b, name="add")
+        return
+    e.set_lazy(node.outputs[0], terms[0].shape, lambda: _decode.added(e, e.plain(left), e.plain(right)))
+
+
 def add_sparse(e: Emitter, node: onnx_ir.Node) -> None:
     """AddSparse: the dense weight copied, then the values added where they belong."""
     weight, indices, values = node.inputs
@@ -189,4 +201,9 @@ def _spread_body(size: int, count: int, dtype: str) -> Callable[..., None]:
     return body
 
 
-HANDLERS: dict[str, Handler] = {"mc_opt.Lookup": lookup, "mc_opt.AddSparse": add_sparse, "mc_opt.Sparse": sparse}
+HANDLERS: dict[str, Handler] = {
+    "Add": add,
+    "mc_opt.Lookup": lookup,
+    "mc_opt.AddSparse": add_sparse,
+    "mc_opt.Sparse": sparse,
+}

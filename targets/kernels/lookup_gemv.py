@@ -35,7 +35,7 @@ def takes(e: Emitter, rows: Dim, weight: onnx_ir.Value) -> bool:
     in_int8 = e.machine.activations == "int8"
     if isinstance(rows, int):
         return in_int8 or rows <= _MOST_ROWS[e.machine.kind]
-    if in_int8 and e.lookup(weight) is not None:
+    if in_int8 and _decode.terms(e, weight):
         e.note_fallback("activations=int8: a product of an open number of rows runs in float32; --shape fixes it")
     return False
 
@@ -73,15 +73,32 @@ def _shape_of(lookup: LookupWeight, rows: int, n: int) -> str:
 def product(
     e: Emitter, a: relax.Expr, weight: onnx_ir.Value, bias: relax.Expr | None, *, transposed: bool = False
 ) -> relax.Expr | None:
-    """a: [.., m, k], weight: a Lookup of shape [k, n] (or [n, k]) -> [.., m, n]; None when no such kernel fits."""
-    lookup = e.lookup(weight)
-    if lookup is None or str(a.ty.dtype) != "float32":
+    """a: [.., m, k], weight: Lookups' sum of shape [k, n] (or [n, k]) -> [.., m, n]; None when no such kernel fits.
+
+    A sum of packed weights is a product with each: a dense sum would have to be written and read in every run.
+    """
+    terms = _decode.terms(e, weight)
+    if not terms or str(a.ty.dtype) != "float32":
         return None
+    n = terms[0].shape[0 if transposed else 1]
+    if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
+        return None
+    total = None
+    for lookup in terms:
+        result = _product(e, a, lookup, bias if total is None else None, transposed=transposed)
+        if result is None:
+            return None
+        total = result if total is None else _decode.added(e, total, result)
+    return total
+
+
+def _product(
+    e: Emitter, a: relax.Expr, lookup: LookupWeight, bias: relax.Expr | None, *, transposed: bool
+) -> relax.Expr | None:
+    """The product with one packed weight."""
     shape = [int(s) for s in a.ty.shape]
     n = lookup.shape[0 if transposed else 1]
     rows = math.prod(shape[:-1])
-    if bias is not None and (int(bias.ty.shape[-1]) != n or math.prod(int(s) for s in bias.ty.shape) != n):
-        return None
     if e.machine.activations == "int8":
         flat = e.reshape(a, (rows, shape[-1]))
         result = lookup_int8.product(e, flat, lookup, bias, transposed=transposed)

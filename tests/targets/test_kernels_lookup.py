@@ -4,12 +4,14 @@ import ctypes
 import dataclasses
 
 import numpy as np
+import onnx_ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc_opt import targets
 from mc_opt.targets import _machine
+from mc_opt.targets._relax import lower
 from tests import _seccomp
 from tests.targets._kernels import check, compare, feeds, machine, model, normal, reference, running
 from tests.targets.test_kernels_gemm import packed
@@ -35,6 +37,39 @@ def text(rows, depth, columns, node):
 def test_rows_in_registers_and_in_blocks(rows, form, cpu):
     node, weights = packed((301, 70), (1,), **form)
     check(text(rows, 301, 70, node), weights, cpu=cpu)
+
+
+def two_terms(shape, axes, bits, **form):
+    """Nodes that make w the sum of two packed weights, and what they hold."""
+    node, weights = packed(shape, axes, bits, **form)
+    first, second = node.replace("w =", "u ="), node.replace("w =", "v =").replace("(codes", "(others")
+    return f"{first} {second} w = Add(u, v)", weights | {"others": weights["codes"][::-1].copy()}
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_weight_of_two_terms_is_never_dense(rows):
+    node, weights = two_terms((96, 40), (1,), 3, group=32, scale="groups")
+    proto = model(text(rows, 96, 40, node), weights | {"b": normal(40)})
+    with running(proto, machine()) as (run, notes):
+        compare(proto, run, feeds(proto))
+    lowered = lower.lower(onnx_ir.from_proto(proto), machine(), lambda *_: None)
+    assert notes == [] and [kernel.split(":")[0] for kernel in lowered.kernels] == ["lookup product"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("rows", [70, "M"])
+def test_a_weight_of_two_terms_is_decoded_for_many_rows(rows):
+    node, weights = two_terms((96, 40), (1,), 3, group=32, scale="groups")
+    check(f"g (float[{rows},96] x) => (float[{rows},40] y) {{ {node} y = MatMul(x, w) }}", weights, sizes=[{"M": 5}])
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_convolution_with_two_terms_and_a_sum_that_is_an_output():
+    node, weights = two_terms((8, 4, 3, 3), (0,), 3)
+    outputs = "float[1,8,6,6] y, float[8,4,3,3] w"
+    check(f"g (float[1,4,8,8] x) => ({outputs}) {{ {node} y = Conv(x, w) }}", weights)
 
 
 def test_a_gemm_of_some_rows_adds_its_bias():
