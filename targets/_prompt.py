@@ -7,11 +7,12 @@ that anybody asks for, and it goes through the step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import onnx_ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from typing import TYPE_CHECKING
 
 from mc_opt import ir
+
+if TYPE_CHECKING:  # a process that only runs an artefact reads no model
+    import onnx_ir
 
 NAME = "prompt"
 IDS, POSITION = "input_ids", "position"
@@ -47,6 +48,8 @@ def step_of(model: onnx_ir.Model) -> onnx_ir.Model:
 
 def reader_of(model: onnx_ir.Model, chunk: int) -> onnx_ir.Model:
     """The model with a chunk of tokens a step, and its states alone as outputs."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     reader = _fixed(model, chunk)
     states = ir.states_of(model)
     kept = [value for value in reader.graph.outputs if value.name in states]
