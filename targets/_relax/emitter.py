@@ -89,7 +89,7 @@ class Emitter:
 
     def __init__(self, model: onnx_ir.Model, machine: Machine, bb: relax.BlockBuilder | None = None) -> None:
         self.bb, self.machine, self.model = bb or relax.BlockBuilder(), machine, model
-        self.kernels, self.fallbacks = list[str](), list[str]()
+        self.kernels, self.fallbacks, self.emitted = list[str](), list[str](), list[str]()
         self.names: dict[str, tirx.Var] = {}  # the open dimensions of the inputs
         self.moves = Moves()
         self.limits: dict[str, int] = {}  # the largest sizes that the model takes
@@ -215,6 +215,7 @@ class Emitter:
         self, fn: Callable[..., Any], *args: relax.Expr, name: str, attributes: dict[str, int] | None = None
     ) -> relax.Var:
         """Emit the kernel of a tensor expression, with attributes of its PrimFunc."""
+        self.emitted.append(name)
         if not self.names:
             return self.bb.emit_te(fn, *args, primfunc_name_hint=name, primfunc_attrs=attributes)
         # emit_te would give the arguments dimensions of their own, which are not those that `fn` holds.
@@ -238,12 +239,11 @@ class Emitter:
         name: str,
     ) -> list[relax.Var]:
         """Emit a call of a ready PrimFunc (inputs first, then outputs); returns one variable an output."""
-        function = self.bb.add_func(prim_func, name)
+        self.emitted.append(name)
         types = [relax.TensorType(list(shape), dtype) for shape, dtype in outputs]
-        if len(types) == 1:
-            return [self.bb.emit(relax.call_tir(function, list(args), types[0]))]
-        result = self.bb.emit(relax.call_tir(function, list(args), types))
-        return [self.bb.emit(relax.TupleGetItem(result, k)) for k in range(len(types))]
+        made = relax.call_tir(self.bb.add_func(prim_func, name), list(args), types[0] if len(types) == 1 else types)
+        result = self.bb.emit(made)
+        return [result] if len(types) == 1 else [self.bb.emit(relax.TupleGetItem(result, k)) for k in range(len(types))]
 
     def weight(self, array: np.ndarray) -> relax.Expr:
         """A constant of the artefact; the same array object becomes one constant."""

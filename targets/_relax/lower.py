@@ -93,13 +93,25 @@ def _function(emitter: Emitter, name: str, progress: Callable[[int, int, str], N
         inputs.append(relax.Var(f"in_{len(inputs)}", relax.TensorType(sizes, dtype)))
         emitter.set(value, inputs[-1])
     nodes = list(model.graph)
+    ran: dict[str, list[str]] = {}
     with emitter.bb.function(name, inputs):
         with emitter.bb.dataflow():
             for k, node in enumerate(nodes):
                 progress(k, len(nodes), node.op_type)
+                emitter.emitted.clear()
                 _emit(emitter, node, table)
+                if emitter.emitted and _is_family(table.get((node.domain, node.op_type))):
+                    kernels = ", ".join(dict.fromkeys(emitter.emitted))
+                    ran.setdefault(f"{node.op_type} by {kernels}", []).append(node.name or node.outputs[0].name or "")
             result = emitter.bb.emit_output(relax.Tuple(_outputs(emitter)))
         emitter.bb.emit_func_output(result)
+    for how, names in ran.items():
+        emitter.note_kernel(f"{how}: {', '.join(names)}")
+
+
+def _is_family(handler: Handler | None) -> bool:
+    """Whether an op has kernels of its own, and not the general schedules alone."""
+    return handler is not None and ".kernels." in getattr(handler, "__module__", "")
 
 
 def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Handler]) -> None:

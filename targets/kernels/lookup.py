@@ -137,6 +137,7 @@ def add_sparse(e: Emitter, node: onnx_ir.Node) -> None:
             tables = [e.weight(table) for table in _outliers.outlier_table(where, size)]
             flat = [e.reshape(e.plain(weight), (size,)), e.reshape(e.plain(values), (count,))]
             return e.reshape(e.te(_outliers.added, *flat, *tables, name="add_sparse"), shape)
+        e.note_fallback(f"AddSparse {node.name}: its weight is made dense at every run, to add {count} outliers")
         kind = str(e.plain(indices).ty.dtype)
         function = _loops.kernel(
             [((size,), dtype), ((count,), kind), ((count,), dtype), ((size,), dtype)], _add_body(size, count)

@@ -74,7 +74,7 @@ def test_weight_that_the_model_computes(key):
     w = SAMPLES[key].inputs[1]
     nodes = "w2 = mc_opt.AddSparse(w1, at, values)"
     text, rest = _text(key, weight="w2", nodes=nodes)
-    check(text, rest | {"w1": w, "at": np.array([0, w.size - 1]), "values": normal(2)})
+    check(text, rest | {"w1": w, "at": np.array([0, w.size - 1]), "values": normal(2)}, quiet=False)
 
 
 @pytest.mark.parametrize("channels", [24, 32, 33])

@@ -6,7 +6,7 @@ import tvm
 
 from mc_opt import ir
 from mc_opt.targets.kernels import _split
-from tests.targets._kernels import build, check, feeds, machine, model, normal, reference
+from tests.targets._kernels import build, check, feeds, lowered_model, machine, model, normal, reference
 
 pytestmark = pytest.mark.tvm
 
@@ -147,7 +147,10 @@ def test_outliers_are_added_and_masks_are_applied():
     text = f"""g (float[3,12] x) => (float[3,10] y) <float[12,10] w>
         {{ {node} v = mc_opt.AddSparse(w, at, values) y = MatMul(x, v) }}"""
     weights |= {"at": np.array([3, 77, 119]), "values": normal(3, seed=5)}
-    check(text, weights)
+    held = lowered_model(model(text, weights), machine())
+    assert [line for line in held.fallbacks if "made dense at every run, to add 3 outliers" in line]
+    assert any(line.startswith("MatMul by ") and "add_sparse" in line for line in held.kernels)
+    check(text, weights, quiet=False)
     mask = np.random.default_rng(0).random(120) < 0.3
     text = """g (float[3,12] x) => (float[3,10] y)
         { w = mc_opt.Sparse<shape=[12,10]>(bitmap, values) y = MatMul(x, w) }"""

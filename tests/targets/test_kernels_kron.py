@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc_opt import ir
-from tests.targets._kernels import check, normal
+from tests.targets._kernels import check, lowered_model, machine, model, normal
 
 pytestmark = [pytest.mark.tvm, pytest.mark.slow, pytest.mark.ci]
 
@@ -94,7 +94,12 @@ def test_factors_that_the_model_computes(key):
     added = {f"v{k}": normal(2, seed=k) for k in range(len(arrays))}
     nodes = " ".join(f"w{k} = mc_opt.AddSparse(f{k}, at{k}, v{k})" for k in range(len(arrays)))
     text, rest = _text(key, factors=factors, nodes=nodes)
-    check(text, at | added | rest | {f"f{k}": a for k, a in enumerate(arrays)})
+    check(text, at | added | rest | {f"f{k}": a for k, a in enumerate(arrays)}, quiet=False)
+
+
+def test_the_report_says_which_kernels_took_a_layer():
+    held = lowered_model(model(*_drawn_text(BLOCKS["tails"])), machine())
+    assert held.kernels == ("SeKronConv by transpose, kron, kron_spread: c",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +150,12 @@ BLOCKS = {
 }
 
 
+def _drawn_text(drawn):
+    return _text((drawn.op, ""), sample=drawn.sample())
+
+
 def _drawn(drawn, cpu):
-    sample = drawn.sample()
-    check(*_text((drawn.op, ""), sample=sample), cpu=cpu)
+    check(*_drawn_text(drawn), cpu=cpu)
 
 
 @pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
