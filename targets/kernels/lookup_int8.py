@@ -87,11 +87,13 @@ def _quantise(rows: int, depth: int, run: int, a: Buffer, q: Buffer, step: Buffe
     high, width = int(q.shape[2]), BYTES * int(q.shape[1])
 
     def size(i: Expr, m: Expr, lanes: int) -> Expr:
-        x = _loops.load(a, m, i, lanes=lanes)
-        return tirx.max(x, _loops.splat(0.0, lanes) - x)
+        # Without the sign, floats are in order as integers; there NaN is above infinity, and its row becomes NaN.
+        bits = tirx.reinterpret("int32" if lanes == 1 else f"int32x{lanes}", _loops.load(a, m, i, lanes=lanes))
+        return bits & _loops.splat(0x7FFFFFFF, lanes, "int32")
 
     with T.serial(0, rows) as m:
-        top = _loops.reduce_row(lambda i, lanes: size(i, m, lanes), depth, tirx.max, 0.0, lanes=LANES)
+        largest = _loops.reduce_row(lambda i, lanes: size(i, m, lanes), depth, tirx.max, 0, lanes=LANES, dtype="int32")
+        top = tirx.reinterpret("float32", largest)
         factor = _loops.registers(1, 1)
         T.buffer_store(step, top * tirx.const(1 / 127, "float32"), [m])
         # A row of next to nothing becomes zeros: its quotient could be infinite.

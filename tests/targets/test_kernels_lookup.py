@@ -164,6 +164,22 @@ def test_int8_of_zeros_and_of_a_row_beside_a_large_one():
     assert np.abs(y - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+@needs_vnni
+@pytest.mark.parametrize("rows", [2, pytest.param(16, marks=[pytest.mark.slow, pytest.mark.ci])])
+def test_int8_of_what_is_no_number_is_none(rows):
+    node, weights = packed((67, 16), (1,), 2)
+    proto = model(f"g (float[{rows},67] x) => (float[{rows},16] y) {{ {node} y = MatMul(x, w) }}", weights)
+    x = normal(rows, 67)
+    with running(proto, dataclasses.replace(machine(), activations="int8")) as (run, _):
+        whole = run([x])[0]
+        for place, value in ((0, np.nan), (66, -np.nan), (5, np.inf)):
+            x[1] = normal(67)
+            x[1, place] = value
+            y = run([x])[0]
+            assert not np.isfinite(y[1]).any()
+            assert np.array_equal(np.delete(y, 1, 0), np.delete(whole, 1, 0))
+
+
 @pytest.mark.parametrize(
     ("cpu", "form", "why"),
     [
