@@ -91,7 +91,7 @@ def _make(model: Timed, request: Request, folder: Path) -> dict[str, str]:
         sources.write_text(json.dumps(kept))
     reasons: dict[str, str] = dict(kept["reasons"])
     key = forms.fingerprint(forms.ARTEFACTS)
-    for form, threads in _artefacts(request.threads):
+    for form, threads in _artefacts(model, request.threads):
         place = forms.artefact_folder(folder, form, threads)
         stamp = place.with_suffix(".fingerprint")
         if stamp.is_file() and stamp.read_text() == key:
@@ -107,14 +107,16 @@ def _make(model: Timed, request: Request, folder: Path) -> dict[str, str]:
     return reasons
 
 
-def _artefacts(threads: int) -> list[tuple[str, int]]:
+def _artefacts(model: Timed, threads: int) -> list[tuple[str, int]]:
     made = [(forms.DENSE, threads), (forms.COMPRESSED, threads)]
+    if model.peers:  # who round what they multiply
+        made.append((forms.ROUNDED, threads))
     return [*made, (forms.SERIAL, 1)] if threads > 1 else made
 
 
 def _open(request: Request, model: Timed, reasons: dict[str, str]) -> dict[str, forms.Opened]:
     """The contenders in the order of the table; why one is missing is added to `reasons`."""
-    names = [forms.FLOAT, forms.INTEGER, forms.TORCH, *(form for form, _ in _artefacts(request.threads)), *model.peers]
+    names = [forms.FLOAT, forms.INTEGER, forms.TORCH, *(f for f, _ in _artefacts(model, request.threads)), *model.peers]
     found: dict[str, forms.Opened] = {}
     for name in names:
         if name in reasons:

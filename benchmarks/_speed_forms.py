@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a process whose memory is measured imports no more than it 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT, INTEGER, TORCH = "ONNX Runtime fp32", "ONNX Runtime quantised", "torch"
 DENSE, COMPRESSED, SERIAL = "mc-opt dense", "mc-opt compressed", "mc-opt dense, 1 thread"
+ROUNDED = "mc-opt compressed int8"
 EXACT = "fold-constants,fold-batch-norm"
 PACKAGES = ("onnxruntime", "torch", "apache-tvm", "numpy", "onnx")
 # What graphs, artefacts and measured cells depend on.
@@ -68,7 +69,7 @@ class Request:
 
     def recipe(self, form: str) -> str:
         """The passes that make a form of ours."""
-        return f"{EXACT},{self.weights}" if form == COMPRESSED else EXACT
+        return f"{EXACT},{self.weights}" if form in (COMPRESSED, ROUNDED) else EXACT
 
     def text(self) -> str:
         """The argument of the process that measures it."""
@@ -150,7 +151,8 @@ def make_artefact(request: Request, form: str, threads: int) -> None:
     """Build the artefact of a form into the model's folder, as <form>-<threads>."""
     folder = request.folder
     model, _ = mc_opt.compress(mc_opt.load_model(folder / "source.onnx"), request.recipe(form), check="structure")
-    mc_opt.build(model, f"x86{{threads={threads}}}", artefact_folder(folder, form, threads), check="structure")
+    options = f"threads={threads}{' activations=int8' if form == ROUNDED else ''}"
+    mc_opt.build(model, f"x86{{{options}}}", artefact_folder(folder, form, threads), check="structure")
 
 
 def artefact_folder(folder: Path, form: str, threads: int) -> Path:
@@ -261,10 +263,10 @@ def open_form(form: str, request: Request) -> Opened:
             return open_kept(folder, (folder / f"chosen-{threads}").read_text(), threads)
         case "torch":
             return _opened(folder, *_torch(request))
-        case "mc-opt dense" | "mc-opt compressed" | "mc-opt dense, 1 thread":
+        case "mc-opt dense" | "mc-opt compressed" | "mc-opt compressed int8" | "mc-opt dense, 1 thread":
             artefact = mc_opt.load(artefact_folder(folder, form, 1 if form == SERIAL else threads))
             step = artefact.stream().run if states_of(folder) else artefact.run
-            return _opened(folder, step, request.weights if form == COMPRESSED else "")
+            return _opened(folder, step, request.weights if form in (COMPRESSED, ROUNDED) else "")
         case _:
             peer = _model_of(request).peers[form]
             return _opened(folder, peer(Path(request.root), threads))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._speed_forms import COMPRESSED, DENSE, FLOAT, INTEGER, SERIAL, TORCH
+from benchmarks._speed_forms import COMPRESSED, DENSE, FLOAT, INTEGER, ROUNDED, SERIAL, TORCH
 from benchmarks._speed_machine import Limits
 from mc_opt.tools import _timing
 from mc_opt.tools._timing import Ratio, Series
@@ -18,7 +18,7 @@ HALF_WIDTH = 0.05
 """Of a ratio: with a wider interval nothing is decided."""
 MUST_MODEL, MUST_MEAN, AIM_MEAN, MUST_GAIN = 1.3, 1.05, 0.85, 0.85
 _SHOWN = 6
-_ALL = {FLOAT, INTEGER, TORCH, DENSE, COMPRESSED, SERIAL}
+_ALL = {FLOAT, INTEGER, TORCH, DENSE, COMPRESSED, ROUNDED, SERIAL}
 _RESAMPLES = 2000
 
 
@@ -117,11 +117,16 @@ def _share_line(cell: Cell, time: float, memory: float) -> str:
 
 
 def _peer_lines(cell: Cell) -> list[str]:
-    """How much faster the compressed artefact is than what only this model is held to."""
-    found = {name: ratio(cell, name, COMPRESSED) for name in cell["contenders"] if name not in _ALL}
+    """How much faster the compressed artefacts are than what only this model is held to."""
+    found = {
+        (own, name): ratio(cell, name, own)
+        for name in cell["contenders"]
+        for own in (COMPRESSED, ROUNDED)
+        if name not in _ALL
+    }
     return [
-        f"- {cell['model']}, {counted(cell['threads'])}: {COMPRESSED} is {ratio_text(times)} times as fast as {name}"
-        for name, times in found.items()
+        f"- {cell['model']}, {counted(cell['threads'])}: {own} is {ratio_text(times)} times as fast as {name}"
+        for (own, name), times in found.items()
         if times is not None
     ]
 

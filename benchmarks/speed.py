@@ -16,6 +16,7 @@ holds it in 95 % of bootstrap resamples, and nothing is said to be met or missed
 A call of the language model is one token behind 128 others, in a cache for 256 that each contender keeps for itself:
 ONNX Runtime by IO binding, written in place, torch by the growing cache of transformers. llama.cpp stands beside them
 where llama-cpp-python is installed, which is compiled for the machine; its file holds the model's own 4-bit weights.
+As it rounds what it multiplies to 8 bits, the compressed artefact is there a second time, with `activations=int8`.
 
 Graphs, artefacts and measured cells stay in .cache/speed, marked by the code and packages that made them: a cell is
 measured again when those change, or with --again.
