@@ -18,7 +18,7 @@ from tvm import relax, te, tirx
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _choice, _tile, _weights, lookup_gemv
+from mc_opt.targets.kernels import _choice, _tile, _weights, lookup_gemv, outlier_product
 from mc_opt.targets.kernels._tile import Tile
 from mc_opt.targets.kernels._window import Axis, Sliding
 from mc_opt.targets.kernels.conv import fusable
@@ -212,12 +212,17 @@ def matmul(e: Emitter, node: onnx_ir.Node) -> None:
     if len(shape_b) == 2 and isinstance(rows[-2], int) and rows[-2] < 4 and not dims.same(dims.product(rows[:-2]), 1):
         a = e.reshape(a, (dims.product(rows[:-1]), rows[-1]))
         rows = dims.sizes(a)
-    y = None
+    y, outliers = None, None
+    if len(shape_b) == 2:
+        outliers = outlier_product.outliers_of(e, right, dims.product(rows[:-1]))
+        right = right if outliers is None else outliers.weight
     if len(shape_b) == 2 and lookup_gemv.takes(e, dims.product(rows[:-1]), right):
         y = lookup_gemv.product(e, a, right, None)
     if y is None:
         shape, tile = _chosen(e, a, right, columns)
         y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns, shape=shape)
+    if outliers is not None:
+        y = outlier_product.added(e, y, a, outliers)
     e.set(node.outputs[0], e.reshape(y, out))
 
 

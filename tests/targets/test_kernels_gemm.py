@@ -142,14 +142,24 @@ def test_the_artefact_holds_codes():
     assert sum(constants) < 256 * 256 * 4 / 6
 
 
-def test_outliers_are_added_and_masks_are_applied():
+@pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
+@pytest.mark.parametrize(("rows", "places"), [(1, [3, 77, 119]), (3, [0, 0, 9, 119]), (6, [])])
+def test_outliers_are_added_to_a_packed_product(rows, places, cpu):
     node, weights = packed((12, 10), (1,), 4)
-    text = f"""g (float[3,12] x) => (float[3,10] y) <float[12,10] w>
+    text = f"""g (float[{rows},12] x) => (float[{rows},10] y) <float[12,10] w, float[12,10] v>
+        {{ {node} v = mc_opt.AddSparse(w, at, values) y = MatMul(x, v) }}"""
+    weights |= {"at": np.array(places, np.int64), "values": normal(len(places), seed=5)}
+    assert any("add_outliers" in line for line in lowered_model(model(text, weights), machine()).kernels)
+    check(text, weights, cpu=cpu)
+
+
+def test_outliers_beside_many_rows_make_the_weight_dense_and_masks_are_applied():
+    node, weights = packed((12, 10), (1,), 4)
+    text = f"""g (float[200,12] x) => (float[200,10] y) <float[12,10] w, float[12,10] v>
         {{ {node} v = mc_opt.AddSparse(w, at, values) y = MatMul(x, v) }}"""
     weights |= {"at": np.array([3, 77, 119]), "values": normal(3, seed=5)}
     held = lowered_model(model(text, weights), machine())
     assert [line for line in held.fallbacks if "made dense at every run, to add 3 outliers" in line]
-    assert any(line.startswith("MatMul by ") and "add_sparse" in line for line in held.kernels)
     check(text, weights, quiet=False)
     mask = np.random.default_rng(0).random(120) < 0.3
     text = """g (float[3,12] x) => (float[3,10] y)
