@@ -365,6 +365,15 @@ class Table:
         return self._codebook[starts + code]
 
 
+def operands(
+    tiles: Tiles, machine: Machine, codebook: Buffer, rest: Sequence[Buffer], *, has_bias: bool
+) -> tuple[Table, Buffer | None, Buffer]:
+    """What a product's kernel is given behind its words: the codebook with its factors, the bias and the output."""
+    *factors, out = rest
+    bias = factors.pop() if has_bias else None
+    return Table(tiles, machine, codebook, factors), bias, out
+
+
 def registers_of(tiles: Tiles, machine: Machine) -> int:
     """Registers that hold the codebook for a permutation; 0 when there is none for it."""
     if not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine):

@@ -107,6 +107,15 @@ def each(length: Dim, machine: Machine, *, work: Dim = 0) -> Any:
     return T.serial(0, length)
 
 
+def each_tile(n: int, columns: int, machine: Machine, tile: Callable[[Expr, int], None], *, work: Dim = 0) -> None:
+    """Call `tile(number, width)` for all tiles of n columns; the last may be narrower."""
+    if n // columns:
+        with each(n // columns, machine, work=work) as t:
+            tile(t, columns)
+    if n % columns:
+        tile(tirx.const(n // columns, "int32"), n % columns)
+
+
 @contextmanager
 def _a_thread_each(length: Dim) -> Iterator[Expr]:
     threads = min(length, 64) if isinstance(length, int) else 64

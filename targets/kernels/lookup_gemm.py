@@ -11,8 +11,8 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
-from mc_opt.targets.kernels import _loops
-from mc_opt.targets.kernels._decode import Table, Tiles
+from mc_opt.targets.kernels import _decode, _loops
+from mc_opt.targets.kernels._decode import Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 # Rows of the weight that are decoded at a time: with AVX-512, 48 columns of them are 24 KiB.
@@ -36,9 +36,7 @@ def body(
     *rest: Buffer,
 ) -> None:
     """Write the loops of the kernel; its buffers are those of `lookup_gemv`."""
-    *extra, out = rest
-    bias = extra.pop() if has_bias else None
-    table = Table(tiles, machine, codebook, extra)
+    table, bias, out = _decode.operands(tiles, machine, codebook, rest, has_bias=has_bias)
     lanes, per, depth, columns = tiles.lanes, tiles.per, tiles.depth, tiles.shape[-1]
     held = columns // lanes
     block = _BLOCK // per * per
@@ -100,9 +98,4 @@ def body(
                         value = value + _loops.load(bias, t * columns + c, lanes=size)
                     _loops.store(out, value, m, t * columns + c, lanes=size)
 
-    whole = n // columns
-    if whole:
-        with _loops.each(whole, machine, work=rows * n * depth) as t:
-            tile(t, columns)
-    if n % columns:
-        tile(tirx.const(whole, "int32"), n % columns)
+    _loops.each_tile(n, columns, machine, tile, work=rows * n * depth)

@@ -20,7 +20,7 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
 from mc_opt.targets.kernels import _choice, _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm, lookup_int8
-from mc_opt.targets.kernels._decode import Table, Tiles
+from mc_opt.targets.kernels._decode import Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels.conv import fusable
 
@@ -156,9 +156,7 @@ def _body(
     codebook: Buffer,
     *rest: Buffer,
 ) -> None:
-    *extra, out = rest
-    bias = extra.pop() if has_bias else None
-    table = Table(tiles, machine, codebook, extra)
+    table, bias, out = _decode.operands(tiles, machine, codebook, rest, has_bias=has_bias)
     scale = table.scale
     lanes, per, depth, columns = tiles.lanes, tiles.per, tiles.depth, tiles.shape[-1]
     vectors = columns // lanes
@@ -223,12 +221,7 @@ def _body(
                         value = value + _loops.load(bias, t * columns + c, lanes=size)
                     _loops.store(out, value, m, t * columns + c, lanes=size)
 
-    whole = n // columns
-    if whole:
-        with _loops.each(whole, machine, work=rows * n * depth) as t:
-            tile(t, columns)
-    if n % columns:
-        tile(tirx.const(whole, "int32"), n % columns)
+    _loops.each_tile(n, columns, machine, tile, work=rows * n * depth)
 
 
 def _add(sums: Buffer, term: Expr, v: int, lanes: int) -> None:

@@ -151,13 +151,8 @@ def _body(
             value = value + _loops.load(bias, column, lanes=lanes)
         _loops.store(out, value, m, column, lanes=lanes)
 
-    def loops(tiles: Callable[[Expr, int], None]) -> None:
-        whole = n // columns
-        if whole:
-            with _loops.each(whole, machine, work=rows * n * weight.run * weight.groups) as t:
-                tiles(t, columns)
-        if n % columns:
-            tiles(tirx.const(whole, "int32"), n % columns)
+    def loops(tile: Callable[[Expr, int], None]) -> None:
+        _loops.each_tile(n, columns, machine, tile, work=rows * n * weight.run * weight.groups)
 
     held = (q, words, scale, levels)
     lanewise = functools.partial(_tile, weight, rows, held, taken, finish)
