@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,13 @@ NAME = "manifest.json"
 _OPTIONAL = ("limits", "states", "prompt")
 # What the compiled main is given once, of artefacts for processors.
 CONSTANTS = "constants.bin"
+_DTYPES = {
+    "bool",
+    "float16",
+    "float32",
+    "float64",
+    *(f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,7 @@ def read(folder: Path) -> Manifest:
         version = data["schema_version"]
     except FileNotFoundError:
         raise IRError(f"{folder}: no {NAME}; expected a folder that mc-opt built for a target") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IRError(f"{path}: cannot be read as a manifest ({error}); build the artefact again") from None
     if version != SCHEMA_VERSION:
         raise IRError(f"{path}: has schema version {version}, this mc-opt reads {SCHEMA_VERSION}; build it again")
@@ -101,4 +108,33 @@ def _parse(data: dict[str, Any]) -> Manifest:
     fields = {f.name: data[f.name] for f in dataclasses.fields(Manifest) if f.name in data or f.name not in _OPTIONAL}
     for key in ("features", "kernels", "fallbacks"):
         fields[key] = tuple(fields[key])
-    return Manifest(**{**fields, "inputs": ports("inputs"), "outputs": ports("outputs")})
+    manifest = Manifest(**{**fields, "inputs": ports("inputs"), "outputs": ports("outputs")})
+    for entry, is_right in _entries(manifest):
+        if not is_right:
+            raise ValueError(f"{entry}: {getattr(manifest, entry)!r}")
+    return manifest
+
+
+def _entries(manifest: Manifest) -> Iterator[tuple[str, bool]]:
+    """Whether each entry has its type: a file that somebody edited ends in one line, not in the midst of a run."""
+    for name in ("mc_opt", "tvm", "target", "kind", "form", "cpu"):
+        yield name, isinstance(getattr(manifest, name), str)
+    for name in ("features", "kernels", "fallbacks"):
+        yield name, all(isinstance(text, str) for text in getattr(manifest, name))
+    for name in ("files", "states"):
+        table = getattr(manifest, name)
+        yield name, isinstance(table, dict) and all(isinstance(text, str) for text in table.values())
+    yield "limits", isinstance(manifest.limits, dict) and all(_is_whole(n, 1) for n in manifest.limits.values())
+    yield "threads", _is_whole(manifest.threads, 1)
+    yield "prompt", _is_whole(manifest.prompt, 0)
+    for name in ("inputs", "outputs"):
+        yield name, all(_is_port(port) for port in getattr(manifest, name))
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_port(port: Port) -> bool:
+    has_shape = all(isinstance(d, str) or _is_whole(d, 0) for d in port.shape)
+    return isinstance(port.name, str) and has_shape and port.dtype in _DTYPES

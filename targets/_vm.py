@@ -106,7 +106,7 @@ def _machine_of(
         used = threads if manifest.threads > 1 else None
         return _runtime.Processor(path, constants, threads=used, pooled=not is_open)
     except Exception as error:
-        line = str(error).strip().splitlines()[-1]
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise IRError(f"{path}: cannot be loaded: {line}; build the artefact again") from error
 
 

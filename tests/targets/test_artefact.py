@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,23 @@ def test_what_does_not_run_here_is_refused(doubled: Path, tmp_path: Path) -> Non
         (place / "manifest.json").write_text(text.replace(old, new, 1))
         with pytest.raises(ir.IRError, match=message):
             mc_opt.load(place)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("threads", "2"), ("threads", 0), ("kind", ["x86"]), ("features", [7]), ("files", []), ("limits", {"n": "4"}),
+        ("states", {"y": 1}), ("prompt", -1), ("inputs", [{"name": "x", "shape": [2, -4], "dtype": "float32"}]),
+        ("inputs", [{"name": "x", "shape": [2, 4.5], "dtype": "float32"}]),
+        ("inputs", [{"name": "x", "shape": [2, 4], "dtype": "object"}]),
+        ("outputs", [{"name": 7, "shape": [2, 4], "dtype": "float32"}]),
+    ],
+)  # fmt: skip
+def test_a_manifest_with_a_wrong_entry_is_refused(doubled: Path, tmp_path: Path, entry: str, value: object) -> None:
+    data = json.loads((doubled / "x86/manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**data, entry: value}))
+    with pytest.raises(ir.IRError, match=f"an entry is missing or wrong .{entry}: .*; build the artefact again"):
+        mc_opt.load(tmp_path)
 
 
 def test_a_changed_library_is_refused(doubled: Path, tmp_path: Path) -> None:
