@@ -65,10 +65,10 @@ char* Allocate(size_t bytes) {
   return memory;
 }
 
-char* ReadConstants(const std::string& path) {
+char* ReadConstants(const std::string& path, size_t* size) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (!file) throw std::runtime_error(path + ": cannot be read; it belongs beside model.so");
-  size_t bytes = file.tellg();
+  size_t bytes = *size = file.tellg();
   char* memory = Allocate(bytes);
   if (!file.seekg(0).read(memory, bytes)) throw std::runtime_error(path + ": cannot be read");
   return memory;
@@ -81,7 +81,7 @@ struct Place {
 };
 
 // The tensors that rows of (type, shape, offset) tell of; without memory, in some that is large enough.
-void Append(const ffi::Any& table, char* memory, std::vector<ffi::Any>* tensors) {
+void Append(const ffi::Any& table, char* memory, size_t room, std::vector<ffi::Any>* tensors) {
   auto rows = table.cast<ffi::Array<ffi::Array<ffi::Any>>>();
   size_t bytes = 0;
   for (const ffi::Array<ffi::Any>& row : rows) {
@@ -90,7 +90,8 @@ void Append(const ffi::Any& table, char* memory, std::vector<ffi::Any>* tensors)
     for (int64_t extent : row[1].cast<ffi::Shape>()) size *= extent;
     bytes = std::max(bytes, row[2].cast<ffi::Shape>()[0] + size);
   }
-  if (!memory) memory = Allocate(bytes);
+  if (!memory) memory = Allocate(room = bytes);
+  if (bytes > room) throw std::runtime_error("constants.bin: is shorter than model.so expects; copy it again");
   for (const ffi::Array<ffi::Any>& row : rows) {
     DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
     Place place{memory + row[2].cast<ffi::Shape>()[0]};
@@ -100,10 +101,11 @@ void Append(const ffi::Any& table, char* memory, std::vector<ffi::Any>* tensors)
 
 // Main takes, behind the inputs, the constants and places for what it computes on the way.
 ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
-  char* constants = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin");
+  size_t size = 0;
+  char* constants = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin", &size);
   std::vector<ffi::Any> bound = {ffi::String("main"), ffi::String("bound"), 1};
-  Append(machine->GetFunction("constants").value()(), constants, &bound);
-  Append(machine->GetFunction("places").value()(), nullptr, &bound);
+  Append(machine->GetFunction("constants").value()(), constants, size, &bound);
+  Append(machine->GetFunction("places").value()(), nullptr, 0, &bound);
   std::vector<ffi::AnyView> views(bound.begin(), bound.end());
   ffi::Any nothing;
   machine->GetFunction("save_function").value().CallPacked(views.data(), static_cast<int32_t>(views.size()), &nothing);

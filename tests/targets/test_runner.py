@@ -66,6 +66,9 @@ def test_the_program_gives_the_numbers_of_onnx_runtime(tmp_path: Path) -> None:
     (folder / "constants.bin").rename(folder / "elsewhere")
     without = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert without.stderr == "./constants.bin: cannot be read; it belongs beside model.so\n"
+    (folder / "constants.bin").write_bytes(b"1")
+    cut = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert cut.stderr == "constants.bin: is shorter than model.so expects; copy it again\n"
 
     short = subprocess.run(["./runner", "model.so"], cwd=folder, capture_output=True, text=True)
     assert short.returncode == 2 and "(2 input files) (3 output files)" in short.stderr
