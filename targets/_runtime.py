@@ -109,7 +109,8 @@ def open_library(path: Path) -> Any:
     with tempfile.TemporaryDirectory(prefix="mc-opt-") as folder:
         link = Path(folder, "model.so")
         link.symlink_to(path.resolve())
-        return load().load_module(link)  # tvm's own would follow the link first
+        # tvm's own would follow the link first. A module that nobody holds any more goes, with what it made.
+        return load().load_module(link, keep_module_alive=False)
 
 
 def aligned(shape: Sequence[Any], dtype: np.dtype[Any]) -> np.ndarray:

@@ -18,6 +18,9 @@ from mc_opt.targets._manifest import Manifest, Port, names_of
 if TYPE_CHECKING:
     from mc_opt.targets._stream import Stream
 
+# As many as a target may be built for.
+_MOST_THREADS = 256
+
 
 class Artefact:
     """A built model, ready to run. Loading one executes native code: load only what you trust."""
@@ -195,10 +198,10 @@ def load_artefact(folder: str | Path, target: str | None = None, *, threads: int
 
     Raises:
         IRError: nothing there was built for this machine, a file was changed, or another version built it.
-        ValueError: there is no thread to run it.
+        ValueError: the number of threads is none.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}: expected 1 or more")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
+        raise ValueError(f"threads={threads!r}: expected a whole number, 1 to {_MOST_THREADS}")
     folder = Path(folder)
     if (folder / _manifest.NAME).is_file() and (target is None or folder.name == target):
         return _load(folder, threads)

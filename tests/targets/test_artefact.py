@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -217,8 +218,24 @@ def test_threads_are_those_of_the_load(tmp_path: Path) -> None:
 
 def test_threads_of_an_artefact_that_was_built_for_one(doubled: Path) -> None:
     assert mc_opt.load(doubled, threads=8).threads == 1
-    with pytest.raises(ValueError, match="threads=0: expected 1 or more"):
-        mc_opt.load(doubled, threads=0)
+    for count in (0, 2.5, "2", 1000):
+        with pytest.raises(ValueError, match=r"expected a whole number, 1 to 256"):
+            mc_opt.load(doubled, threads=count)
+
+
+def test_what_nobody_holds_is_unloaded(doubled: Path) -> None:
+    kept = mc_opt.load(doubled)
+    inputs = {port.name: np.ones(port.shape, port.dtype) for port in kept.inputs}
+    outputs = kept.run(inputs)
+    memory = []
+    for _ in range(3):
+        for _ in range(100):
+            mc_opt.load(doubled).run(inputs)
+        gc.collect()
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert memory[2] - memory[1] < 300_000  # modules that stayed alive took 700 kB
+    for name, array in kept.run(inputs).items():
+        np.testing.assert_array_equal(array, outputs[name])
 
 
 def test_a_stream_keeps_states_that_are_written_in_place_and_others(tmp_path: Path) -> None:
