@@ -22,6 +22,8 @@ from mc_opt.targets import _plan, _prompt
 from mc_opt.targets._plan import ALIGNMENT, Lifetime
 
 _KILL = "relax.vm.kill_object"
+# What the virtual machine checks of its inputs at each run; loaders have checked inputs of fixed sizes before.
+_CHECKS = {"vm.builtin.check_tensor_info", "vm.builtin.match_shape"}
 
 Row = tuple[str, tuple[int, ...], int]
 
@@ -143,10 +145,11 @@ class _Main:
             return expr
 
         kept = []
+        unneeded = _CHECKS if all(_is_fixed(p.ty.shape) for p in self._main.params) else set()
         for binding in self._bindings:
             value = binding.value
             kills = _callee(value) == _KILL and value.args[0] in self._dropped
-            if binding.var not in self._dropped and not kills:
+            if binding.var not in self._dropped and not kills and _callee(value) not in unneeded:
                 kept.append(relax.VarBinding(binding.var, _replaced(value, argument)))
         parameters = [*self._main.params, *given.variables.values(), *made.variables.values()]
         body = relax.SeqExpr([relax.BindingBlock(kept)], self._main.body.body)
