@@ -16,10 +16,17 @@ from mc_opt.targets.kernels import _decode
 Pack = Callable[[np.ndarray], np.ndarray]
 
 
-def packed(e: Emitter, value: onnx_ir.Value, pack: Pack) -> relax.Expr | None:
+def packed(e: Emitter, value: onnx_ir.Value, pack: Pack, *, told: bool = False) -> relax.Expr | None:
     """The weight in the kernel's order, dense: a constant, or decoded from its codes by a kernel of its own.
 
-    Returns None for a weight that is computed by the model.
+    Args:
+        e: the emitter.
+        value: the weight.
+        pack: puts an array of any type into the kernel's order.
+        told: whether the report says already that 8-bit activations are not for this weight.
+
+    Returns:
+        None for a weight that is computed by the model.
     """
     array = e.constant(value)
     if array is not None:
@@ -27,6 +34,8 @@ def packed(e: Emitter, value: onnx_ir.Value, pack: Pack) -> relax.Expr | None:
     parts = [_decode.tiled(e, lookup, pack) for lookup in _decode.terms(e, value)]
     if not parts or any(part is None for part in parts):
         return None
+    if e.machine.activations == "int8" and not told:
+        e.note_fallback(f"activations=int8: weight {value.name!r} is decoded and runs in float32: no matrix product")
     return functools.reduce(functools.partial(_decode.added, e), parts)
 
 

@@ -186,7 +186,7 @@ def right_operand(
     array = e.constant(value)
     if array is not None and scale != 1.0:
         return e.weight(pack(array * np.asarray(scale, array.dtype)))
-    packed = _weights.packed(e, value, pack) if len(e.shape(value)) == 2 or array is not None else None
+    packed = _weights.packed(e, value, pack, told=True) if len(e.shape(value)) == 2 or array is not None else None
     if packed is not None:
         return packed
     return pack_dynamic(e, e.plain(value), tile.columns, transposed=transposed)

@@ -208,6 +208,14 @@ def test_int8_of_an_open_number_of_rows_stays_in_float32_and_says_so():
     assert any("an open number of rows" in note for note in notes)
 
 
+def test_int8_of_a_convolution_stays_in_float32_and_says_so():
+    node, weights = packed((8, 4, 3, 3), (0,), 4)
+    proto = model(f"g (float[1,4,8,8] x) => (float[1,8,6,6] y) {{ {node} y = Conv(x, w) }}", weights)
+    with running(proto, dataclasses.replace(machine(), activations="int8")) as (run, notes):
+        compare(proto, run, feeds(proto))
+    assert notes == ["activations=int8: weight 'w' is decoded and runs in float32: no matrix product"]
+
+
 def in_tiles(proto):
     """The outputs for `feeds` as a Sapphire Rapids gives them in tiles, where it may not use any, and without tiles."""
     inputs = list(feeds(proto).values())
