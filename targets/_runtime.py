@@ -25,6 +25,9 @@ _CPU, _NAIVE, _POOLED = 1, 1, 2
 # A pool of as many threads as are asked for, which may run on all of the cores given.
 _SHARE_ALL_CORES = -3
 
+# TVM makes a pool for every thread that calls; `has` is what it was told last.
+_pool = threading.local()
+
 
 class Processor:
     """TVM's virtual machine on the processor, with a library that mc-opt built and its constants."""
@@ -40,7 +43,6 @@ class Processor:
         """
         self._ffi = load()
         self._threads = threads
-        self._cores, self._named_cores = set[int](), None
         self._configure = self._ffi.get_global_func("runtime.config_threadpool")
         self._machine = open_library(path)["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
@@ -62,17 +64,21 @@ class Processor:
 
     def call(self, tensors: Sequence[Any], name: str = "main") -> Sequence[Any]:
         """The outputs of a function for tensors in the order of the inputs; one call at a time."""
-        if self._threads is not None:  # every thread of the caller's has a pool of its own, which other artefacts share
-            self._configure(_SHARE_ALL_CORES, self._threads, self._allowed())
+        if self._threads is not None:
+            self._set_pool(self._threads)
         found: Sequence[Any] = self._functions[name](*tensors)
         return found
 
-    def _allowed(self) -> Any:
-        """The cores that this thread may use, as TVM takes them."""
-        cores = os.sched_getaffinity(0)
-        if cores != self._cores:
-            self._cores, self._named_cores = cores, self._ffi.convert([str(core) for core in sorted(cores)])
-        return self._named_cores
+    def _set_pool(self, threads: int) -> None:
+        """Let this thread's pool, which other artefacts share, have so many threads on the cores that it may use.
+
+        That takes longer than small models run: it is done where the last artefact wanted something else.
+        """
+        wanted = threads, os.sched_getaffinity(0)
+        if getattr(_pool, "has", None) != wanted:
+            cores = self._ffi.convert([str(core) for core in sorted(wanted[1])])
+            self._configure(_SHARE_ALL_CORES, threads, cores)
+            _pool.has = wanted
 
     def instrument(self, function: Any) -> None:
         """Let `function(function, name, is before, result, *arguments)` be called around every call of a run."""
