@@ -21,13 +21,11 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.ir import canonical, restore, unpack_codes
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
-from mc_opt.targets.kernels import _loops, _tbl
+from mc_opt.targets.kernels import _loops, _table, _tbl
 from mc_opt.targets.kernels._loops import Buffer, Expr
+from mc_opt.targets.kernels._table import Form, Table
 
 Pack = Callable[[np.ndarray], np.ndarray]
-
-# Lanes of AVX-512, whose permutations take indices of four bits.
-_WIDE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +69,21 @@ class Tiles:
     def lanes(self) -> int:
         """Lanes of a vector of words."""
         return int(self.words.shape[-1])
+
+    @property
+    def form(self) -> Form:
+        """What loops over it depend on."""
+        tables = self.codebook.dtype == np.int8
+        return Form(
+            bits=self.bits,
+            lanes=self.lanes,
+            columns=self.shape[-1],
+            entries=self.entries,
+            groups=1 if self.group is None else int(self.group.max()) + 1,
+            has_scale=self.scale is not None,
+            has_offset=self.offset is not None,
+            is_short=tables and _tbl.is_short(self.codebook),
+        )
 
 
 def terms(e: Emitter, value: onnx_ir.Value | None) -> tuple[LookupWeight, ...]:
@@ -208,12 +221,12 @@ def _spread(value: np.ndarray | None, row: np.ndarray, groups: int) -> np.ndarra
 
 def _shared(codebook: np.ndarray, bits: int, lanes: int, machine: Machine) -> np.ndarray:
     """codebook: n values in any shape -> [max(2^bits, lanes)], or tables; see `Tiles`."""
-    if _has_tbl(bits, lanes, machine):
+    if _table.takes_tbl(bits, lanes, machine):
         return _tbl.tables(codebook)
     full = np.zeros(1 << bits, np.float32)
     full[: codebook.size] = codebook.reshape(-1)
-    if lanes == _WIDE and bits <= 2:
-        index = np.arange(_WIDE)
+    if lanes == _table.WIDE and bits <= 2:
+        index = np.arange(_table.WIDE)
         return np.concatenate([full[(index >> at) % (1 << bits)] for at in range(0, 4, bits)])
     return np.tile(full, max(1, lanes >> bits))
 
@@ -270,7 +283,7 @@ def _decode_body(tiles: Tiles, machine: Machine, words: Buffer, codebook: Buffer
     *extra, dense = rest
     lanes, per, depth = tiles.lanes, tiles.per, tiles.depth
     count, _, columns = tiles.shape[0], depth, tiles.shape[-1]
-    table = Table(tiles, machine, codebook, extra)
+    table = Table(tiles.form, machine, codebook, extra)
 
     def rows(t: Expr, v: Expr, w: Expr, number: int) -> None:
         word = _loops.load(words, t, v, w, 0, lanes=lanes)
@@ -296,92 +309,13 @@ def _unravel(k: Expr, extents: tuple[int, ...]) -> list[Expr]:
     return [k, *index]
 
 
-class Table:
-    """A codebook as a kernel reads it: a register permutation where the machine has one, else a gather."""
-
-    def __init__(self, tiles: Tiles, machine: Machine, codebook: Buffer, factors: Sequence[Buffer]) -> None:
-        """factors: the buffers of scale, offset and group, of those that there are."""
-        self._tiles, self._codebook = tiles, codebook
-        held = list(factors)
-        self.scale = held.pop(0) if tiles.scale is not None else None
-        self.offset = held.pop(0) if tiles.offset is not None else None
-        self.group = held.pop(0) if tiles.group is not None else None
-        self._wide = tiles.lanes == _WIDE
-        self._tbl = not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine)
-        self._registers = registers_of(tiles, machine)
-        self._in_fours = self._wide and self._registers > 0 and tiles.bits <= 2
-
-    def weight(self, word: Expr, j: int, t: Expr, v: Expr, k: Expr) -> Expr:
-        """The weights that code j of each lane of a word stands for, in row k."""
-        g = 0 if self.group is None else self.group[k]
-        return self.scaled(self.value(word, j, t, v, g), t, v, g)
-
-    def scaled(self, value: Expr, t: Expr, v: Expr, g: Expr) -> Expr:
-        """Entries of the codebook times the scales of group g, and its offsets added."""
-        lanes = self._tiles.lanes
-        if self.scale is not None:
-            value = value * _loops.load(self.scale, t, g, v * lanes, lanes=lanes)
-        return value if self.offset is None else value + _loops.load(self.offset, t, g, v * lanes, lanes=lanes)
-
-    def place(self, j: int) -> int:
-        """The bit of a word that a permutation needs at the bottom of a lane to find code j."""
-        bits = self._tiles.bits
-        return bits * j // 4 * 4 if self._in_fours else bits * j
-
-    def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr, *, past: int = 0) -> Expr:
-        """The codebook entries of code j of each lane of a word, of which the lowest `past` bits are gone already."""
-        bits, lanes = self._tiles.bits, self._tiles.lanes
-        if self._tbl:
-            return _tbl.value(self._tiles.codebook, self._codebook, word, j, bits)
-        shift = self.place(j) - past
-        code = word if shift == 0 else T.shift_right(word, _loops.splat(shift, lanes, "int32"))
-        if not self._registers:
-            return self._gathered(T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32")), t, v, g)
-        if self._in_fours:
-            table = _loops.load(self._codebook, bits * j % 4 // bits * lanes, lanes=lanes)
-            return self._permuted(table, code)
-        parts = [_loops.load(self._codebook, r * lanes, lanes=lanes) for r in range(self._registers)]
-        if len(parts) == 1:
-            return self._permuted(parts[0], code)
-        if self._wide:
-            return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", parts[0], code, parts[1])
-        high = T.bitwise_and(code, _loops.splat(lanes, lanes, "int32"))
-        picked = [self._permuted(part, code) for part in parts]
-        return tirx.Select(tirx.NE(high, _loops.splat(0, lanes, "int32")), picked[1], picked[0])
-
-    def _permuted(self, part: Expr, code: Expr) -> Expr:
-        if self._wide:
-            return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", part, code)
-        return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", part, code)
-
-    def _gathered(self, code: Expr, t: Expr, v: Expr, g: Expr) -> Expr:
-        if not self._tiles.entries:
-            return self._codebook[code]
-        lanes, columns = self._tiles.lanes, self._tiles.shape[-1]
-        groups = 1 if self._tiles.group is None else int(self._tiles.group.max()) + 1
-        entries = self._tiles.entries
-        first = ((t * columns + v * lanes) * groups + g) * entries
-        starts = first if lanes == 1 else T.ramp(first, groups * entries, lanes)
-        return self._codebook[starts + code]
-
-
 def operands(
     tiles: Tiles, machine: Machine, codebook: Buffer, rest: Sequence[Buffer], *, has_bias: bool
 ) -> tuple[Table, Buffer | None, Buffer]:
     """What a product's kernel is given behind its words: the codebook with its factors, the bias and the output."""
     *factors, out = rest
     bias = factors.pop() if has_bias else None
-    return Table(tiles, machine, codebook, factors), bias, out
-
-
-def registers_of(tiles: Tiles, machine: Machine) -> int:
-    """Registers that hold the codebook for a permutation; 0 when there is none for it."""
-    if not tiles.entries and _has_tbl(tiles.bits, tiles.lanes, machine):
-        return tiles.codebook.size // 16
-    available = {16: "avx512f", 8: "avx2"}.get(tiles.lanes, "")
-    if tiles.entries or available not in machine.features or (1 << tiles.bits) > 2 * tiles.lanes:
-        return 0
-    return max(1, (1 << tiles.bits) // tiles.lanes)
+    return Table(tiles.form, machine, codebook, factors), bias, out
 
 
 def run_of(tiles: Tiles, word: int) -> int:
@@ -391,8 +325,3 @@ def run_of(tiles: Tiles, word: int) -> int:
     size = int(np.count_nonzero(tiles.group == tiles.group[0]))
     runs = np.arange(tiles.depth, dtype=np.int32) // size
     return size if size % word == 0 and np.array_equal(tiles.group, runs) else 0
-
-
-def _has_tbl(bits: int, lanes: int, machine: Machine) -> bool:
-    """Whether NEON's `tbl` decodes a vector of codes."""
-    return "neon" in machine.features and lanes == _tbl.LANES and bits <= _tbl.MOST_BITS

@@ -35,14 +35,20 @@ def turn(j: int, bits: int) -> tuple[int, int]:
     return (j // 4, j % 4) if bits == 3 else (j * bits % 8, j * bits // 8)
 
 
-def value(known: np.ndarray, held: Buffer, word: Expr, j: int, bits: int) -> Expr:
+def is_short(made: np.ndarray) -> bool:
+    """Whether the lower two bytes of all entries are zero, given their tables."""
+    return not made[: 2 * _ENTRIES].any()
+
+
+def value(held: Buffer, word: Expr, j: int, bits: int, *, is_short: bool) -> Expr:
     """The entries of code j of each lane: float32x4.
 
-    known: what `tables` made, while building; held: the same as the kernel's argument; word: int32x4.
+    held: what `tables` made; word: int32x4; is_short: that the lower two bytes of all entries are zero.
     """
     run, byte = turn(j, bits)
     index = tirx.reinterpret(_BYTES, _codes(word, run, bits))
-    low, high = (_pair(known, held, index, first, odd=byte % 2 == 1) for first in (0, 2))
+    low = _loops.splat(0, 8, "int16") if is_short else _pair(held, index, 0, odd=byte % 2 == 1)
+    high = _pair(held, index, 2, odd=byte % 2 == 1)
     return tirx.reinterpret("float32x4", _transposed(low, high, 8, odd=byte >= 2))
 
 
@@ -56,10 +62,8 @@ def _codes(word: Expr, run: int, bits: int) -> Expr:
     return T.bitwise_or(_masked(word, 0x070007), _masked(_raised(word, 5), 0x07000700))
 
 
-def _pair(known: np.ndarray, held: Buffer, index: Expr, first: int, *, odd: bool) -> Expr:
+def _pair(held: Buffer, index: Expr, first: int, *, odd: bool) -> Expr:
     """Two successive bytes of the entries for the codes in the even (or odd) bytes of `index`: int16x8."""
-    if not np.any(known[first * _ENTRIES : (first + 2) * _ENTRIES]):
-        return _loops.splat(0, 8, "int16")
     planes = [
         T.call_llvm_pure_intrin(
             _BYTES, "llvm.aarch64.neon.tbl1.v16i8", _loops.load(held, p * _ENTRIES, lanes=_ENTRIES), index
