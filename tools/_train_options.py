@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mc_opt import passes
-from mc_opt.tools._sections import Option
+from mc_opt.tools._command import Option
 
 if TYPE_CHECKING:
     from mc_opt.passes import Training

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from mc_opt.tools import _failure, _sections
+from mc_opt.tools import _command, _failure
 
 DEFAULT = "compile"
 """The verb that runs when none is named: `mc-opt model.onnx --passes ...`."""
@@ -57,7 +57,7 @@ class Verbs(click.Group):
         """The options of the default verb, then the other verbs."""
         default = self.get_command(ctx, DEFAULT)
         assert default is not None
-        _sections.write([*default.params, *self.get_params(ctx)], ctx, formatter)
+        _command.write([*default.params, *self.get_params(ctx)], ctx, formatter)
         verbs = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Verbs"):
             formatter.write_dl([(name, verb.get_short_help_str(limit=200)) for name, verb in verbs if verb is not None])

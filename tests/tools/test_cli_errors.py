@@ -116,6 +116,8 @@ def test_data_that_cannot_be_read(mc_opt: Run, mlp: Path, out: Path, name: str) 
         (("--target", "x87"), "did you mean 'x86'"),
         (("--target", "x86{thread=1}"), "did you mean 'threads'"),
         (("--target", "x86,x86"), "twice"),
+        (("--target", "onnx", "--target", "x86"), "--target is given 2 times; give it once, as a list with commas"),
+        (("--seed", "1", "--seed", "2"), "--seed is given 2 times; give it once"),
         (("--shape", "x=1y16"), "--shape"),
         (("--shape", "x"), "--shape"),
         (("--state", "y"), "--state"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mc_opt.tools import _console, _texts
+from mc_opt.tools import _command, _console, _texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SAMPLES = 8
 
 
-@click.command()
+@click.command(cls=_command.Command)
 @click.argument("paths", metavar="MODEL|DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help=f"Real inputs; the first {_SAMPLES} samples are used.")
 @click.option("--state", "states", multiple=True, metavar="OUT=IN", help="Recurrent state: IN starts at zero.")

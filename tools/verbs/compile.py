@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mc_opt.tools import _console, _failure, _request, _sections, _train_options
+from mc_opt.tools import _command, _console, _failure, _request, _train_options
 
 if TYPE_CHECKING:
     from mc_opt.passes import PassReport, Report, TrainingReport, TuningReport
     from mc_opt.tools.driver import Outcome
 
 
-@click.command(epilog=_failure.EXIT_CODES, cls=_sections.Command)
+@click.command(epilog=_failure.EXIT_CODES, cls=_command.Command)
 @click.argument("words", metavar="MODEL", nargs=-1)
 @_request.pass_options
 @click.option("--target", metavar="LIST", help="Where it will run, as in 'onnx,x86{cpu=x86-64-v3}'; default onnx.")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from mc_opt.tools import _console, _failure, _texts
+from mc_opt.tools import _command, _console, _failure, _texts
 
 
 @click.command(
-    epilog=f"Exit codes: 0 done, {_failure.CHECK} they differ and --exit-code was given; others as for mc-opt itself."
+    cls=_command.Command,
+    epilog=f"Exit codes: 0 done, {_failure.CHECK} they differ and --exit-code was given; others as for mc-opt itself.",
 )
 @click.argument("first", metavar="A", type=click.Path(path_type=Path))
 @click.argument("second", metavar="B", type=click.Path(path_type=Path))

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from mc_opt import targets
-from mc_opt.tools import _console
+from mc_opt.tools import _command, _console
 
 CORE = "core"
 EXTRAS = ("torch", "train", "tvm", "cuda")
@@ -51,7 +51,7 @@ PROGRAMS = {
 }
 
 
-@click.command()
+@click.command(cls=_command.Command)
 @_console.common_options
 def command(as_json: bool) -> None:
     """Show what is installed, what is missing, and the command that installs it."""

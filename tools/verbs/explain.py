@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from mc_opt.tools import _console, _request, _texts
+from mc_opt.tools import _command, _console, _request, _texts
 
 
-@click.command()
+@click.command(cls=_command.Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("layer")
 @_request.pass_options

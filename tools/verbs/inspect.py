@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mc_opt.tools import _console
+from mc_opt.tools import _command, _console
 
 if TYPE_CHECKING:
     import onnx_ir
 
 
-@click.command()
+@click.command(cls=_command.Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--layers", "count", type=click.IntRange(min=0), default=10, show_default=True, help="Largest layers to show."

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from mc_opt.tools import _console
+from mc_opt.tools import _command, _console
 
 
-@click.command()
+@click.command(cls=_command.Command)
 @click.argument("names", nargs=-1)
 @_console.common_options
 def command(names: tuple[str, ...], as_json: bool) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mc_opt.tools import _console, _texts
+from mc_opt.tools import _command, _console, _texts
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-@click.command()
+@click.command(cls=_command.Command)
 @click.argument("model", metavar="DIR|MODEL", type=click.Path(path_type=Path))
 @click.option(
     "--data", "data_path", type=click.Path(path_type=Path), help="An .npz file or a folder of them: one array an input."

@@ -1,7 +1,8 @@
-"""Help in sections: options that stand under a heading of their own."""
+"""The class of every verb's command: help in sections, and an option that has one value is given once."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,19 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options, then those with headings."""
         write(self.get_params(ctx), ctx, formatter)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse a second value for an option that has one: click takes the last and says nothing.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param, times in Counter(order).items():
+            if times > 1 and isinstance(param, click.Option) and not (param.multiple or param.is_flag or param.count):
+                advice = ", as a list with commas" if param.metavar == "LIST" else ""
+                raise click.UsageError(f"{param.opts[-1]} is given {times} times; give it once{advice}")
+        return super().parse_args(ctx, args)
 
 
 def write(params: Sequence[click.Parameter], ctx: click.Context, formatter: click.HelpFormatter) -> None:
