@@ -163,6 +163,7 @@ _POOL = """  // A pool of threads that may run on all of this process's processo
 _TEMPLATE = r"""// Loads model.so@WHERE@ and runs it once: runner model.so input.bin ... output.bin ...
 //
 // Inputs and outputs are raw files, in the order of manifest.json; the outputs' types and shapes are printed.
+// It trusts its folder: mc_opt.load holds the files to the digests in manifest.json, this program does not.
 // Build it against the headers and the runtime of the Python packages tvm and tvm_ffi, with a compiler whose C++
 // library is libstdc++, as theirs was (libc++, which zig c++ brings, crashes), and run it:
 //   TVM=$(python -c 'import importlib.util as u; print(u.find_spec("tvm").submodule_search_locations[0])')
