@@ -51,6 +51,8 @@ TOOLS: dict[str, Callable[[], str | None]] = {
     "browser": _program("chromium", "chromium-browser", "google-chrome"),
     "gpu": _gpu,
 }
+# `make check` leaves tests with one of these out; `ci` brings some of them back into `make test`.
+LEFT_OUT = {"models", "qemu", "browser", "slow", "gpu"}
 # Skips that say one of these are skips for a missing tool, however they were raised.
 MISSING = ("missing tool:", "could not import")
 
@@ -66,6 +68,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a test that skips because a tool is missing fails instead (all but `gpu`)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marks = {marker.name for marker in item.iter_markers()}
+        if "ci" in marks and not marks & LEFT_OUT:
+            raise pytest.UsageError(f"{item.nodeid}: `ci` alone keeps it in `make check`; mark it slow as well")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

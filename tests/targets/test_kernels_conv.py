@@ -84,6 +84,7 @@ def test_a_panel_that_no_cache_holds_is_multiplied_in_blocks(name, threads, monk
     check(*_conv_text(CASES[name], "y = Relu(c)"), threads=threads)
 
 
+@pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("name", CASES)

@@ -37,6 +37,7 @@ def test_matmul(a, b, constant):
     check(text, {"w": normal(*b)} if constant else None)
 
 
+@pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("cpu", ["native", "x86-64-v3"])
 @pytest.mark.parametrize(("a", "b"), [*PRODUCTS, ((4, 37, 300), (300, 200)), ((1, 600), (600, 333))])
