@@ -1,16 +1,18 @@
-"""What the compiled main is given once, when it is loaded: its constants, and places for what it computes on the way.
+"""What the compiled main is given once, when it is loaded: its constants, and places for what it computes.
 
 A run then makes hardly more calls than its kernels. The constants leave the library for a file of their own, so that a
-loader reads them to where it wants them, and holds them once; tensors of fixed sizes that no caller gets to see have
-their places in one workspace. The library's functions `constants` and `places` return rows of (type, shape, offset),
-which say what stands where in the file and in the workspace: main's last arguments, in this order.
+loader reads them to where it wants them, and holds them once; tensors of fixed sizes have their places in one
+workspace. The library's functions `constants` and `places` return rows of (type, shape, offset), which say what stands
+where in the file and in the workspace: main's last arguments, in this order. `outputs` returns such rows for the
+outputs, which a loader copies out of the workspace. Without rows main returns its outputs as tensors of their own: a
+state is the next run's input, and must not be where that run writes it; an open size has no place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,14 @@ class Constants:
                 file.write(bytes(-data.nbytes % ALIGNMENT))
 
 
-def bind(constants: Constants) -> tvm.transform.Pass:
+def bind(constants: Constants, *, has_states: bool) -> tvm.transform.Pass:
     """A pass behind all that lowers calls: it makes parameters of main of what main is given once.
 
-    A second function, which reads prompts, is treated alike; its `constants` and `places` begin with its name.
+    A second function, which reads prompts, is treated alike; the names of its functions begin with its own.
 
     Args:
         constants: collects what both use.
+        has_states: whether outputs are inputs of the next run.
     """
 
     def run(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
@@ -70,12 +73,13 @@ def bind(constants: Constants) -> tvm.transform.Pass:
         for name, prefix in (("main", ""), (_prompt.NAME, f"{_prompt.NAME}_")):
             if name not in names:
                 continue
-            taken = sorted({f"{prefix}constants", f"{prefix}places"} & set(names))
-            assert not taken, f"a kernel is called {taken[0]}, as a function of every artefact is"
             given, made = _Parameters("constant"), _Parameters("place")
-            module[names[name]] = _Main(module[names[name]]).bound(constants, given, made)
-            module[tvm.ir.GlobalVar(f"{prefix}constants")] = given.function()
-            module[tvm.ir.GlobalVar(f"{prefix}places")] = made.function()
+            main = _Main(module[names[name]], places_outputs=not has_states)
+            module[names[name]] = main.bound(constants, given, made)
+            tables = {"constants": given.variables, "places": made.variables, "outputs": main.outputs()}
+            for table, rows in tables.items():
+                assert prefix + table not in names, f"a kernel is called {prefix}{table}, as every artefact's function"
+                module[tvm.ir.GlobalVar(prefix + table)] = _table(rows)
         return module
 
     return tvm.transform.module_pass(run, opt_level=0, name="Bind")
@@ -95,50 +99,65 @@ class _Parameters:
             self.variables[row] = relax.Var(f"{self._name}_{len(self.variables)}", kind)
         return self.variables[row]
 
-    def function(self) -> Any:
-        """A function without arguments that returns the rows."""
-        bindings = list[Any]()
-        for kind, shape, offset in self.variables:
-            value = relax.Tuple([tvm.ir.StringImm(kind), relax.ShapeExpr(shape), relax.ShapeExpr([offset])])
-            bindings.append(relax.VarBinding(relax.Var(f"row_{len(bindings)}", value.ty), value))
-        rows = relax.Tuple([binding.var for binding in bindings])
-        result = relax.Var("rows", rows.ty)
-        block = relax.BindingBlock([*bindings, relax.VarBinding(result, rows)])
-        return relax.Function([], relax.SeqExpr([block], result), rows.ty, is_pure=False)
+
+def _table(rows: Iterable[Row]) -> Any:
+    """A function without arguments that returns rows."""
+    bindings = list[Any]()
+    for kind, shape, offset in rows:
+        value = relax.Tuple([tvm.ir.StringImm(kind), relax.ShapeExpr(shape), relax.ShapeExpr([offset])])
+        bindings.append(relax.VarBinding(relax.Var(f"row_{len(bindings)}", value.ty), value))
+    found = relax.Tuple([binding.var for binding in bindings])
+    result = relax.Var("rows", found.ty)
+    block = relax.BindingBlock([*bindings, relax.VarBinding(result, found)])
+    return relax.Function([], relax.SeqExpr([block], result), found.ty, is_pure=False)
 
 
 class _Main:
     """The lowered main, a straight list of bindings, taken apart."""
 
-    def __init__(self, main: Any) -> None:
+    def __init__(self, main: Any, *, places_outputs: bool) -> None:
         self._main = main
         self._bindings = [b for block in main.body.blocks for b in block.bindings]
-        returned = _returned(main.body.body, {b.var: b.value for b in self._bindings})
+        values = {b.var: b.value for b in self._bindings}
+        result = values.get(main.body.body, main.body.body)
+        returned = list(result.fields) if isinstance(result, relax.Tuple) else [result]
         # Tensors of the workspace and their views, each with the tensor whose memory it is.
-        self._owned: dict[Any, Any] = {}
-        others: set[Any] = set()
-        storages: list[Any] = []
+        self._owned = self._in_workspace(set())
+        self._returned = returned if places_outputs and all(part in self._owned for part in returned) else []
+        if not self._returned:
+            self._owned = self._in_workspace(_leading_to(main.body.body, values))
+        calls = [(b.var, b.value) for b in self._bindings if isinstance(b.value, relax.Call)]
+        others = {v.args[0] for var, v in calls if _callee(v) == "relax.vm.alloc_tensor" and var not in self._owned}
+        storages = [var for var, v in calls if _callee(v) == "relax.vm.alloc_storage"]
+        self._dropped = {*self._owned, *(v for v in storages if v not in others)}
+        self._offsets = self._plan()
+
+    def _in_workspace(self, outside: set[Any]) -> dict[Any, Any]:
+        """The tensors of fixed sizes, and their views, that are not outside."""
+        owned: dict[Any, Any] = {}
         for binding in self._bindings:
             variable, value = binding.var, binding.value
             match _callee(value):
-                case "relax.vm.alloc_storage":
-                    storages.append(variable)
-                case "relax.vm.alloc_tensor" if variable not in returned and _is_fixed(value.args[2]):
-                    self._owned[variable] = variable
-                case "relax.vm.alloc_tensor":
-                    others.add(value.args[0])
-                case "vm.builtin.reshape" if variable not in returned and _is_fixed(value.args[1]):
-                    if value.args[0] in self._owned:
-                        self._owned[variable] = self._owned[value.args[0]]
-        self._dropped = {*self._owned, *(v for v in storages if v not in others)}
+                case "relax.vm.alloc_tensor" if variable not in outside and _is_fixed(value.args[2]):
+                    owned[variable] = variable
+                case "vm.builtin.reshape" if variable not in outside and _is_fixed(value.args[1]):
+                    if value.args[0] in owned:
+                        owned[variable] = owned[value.args[0]]
+        return owned
+
+    def outputs(self) -> list[Row]:
+        """Where the outputs are; none when main returns them."""
+        return [self._row(variable) for variable in self._returned]
+
+    def _row(self, variable: Any) -> Row:
+        return (*_type(variable), self._offsets[self._owned[variable]])
 
     def bound(self, constants: Constants, given: _Parameters, made: _Parameters) -> Any:
         """Main with its last parameters."""
-        offsets = self._offsets()
 
         def argument(expr: Any) -> Any:
             if isinstance(expr, relax.Var) and expr in self._owned:
-                return made.variable((*_type(expr), offsets[self._owned[expr]]))
+                return made.variable(self._row(expr))
             if isinstance(expr, tvm.ir.GenericConst) and isinstance(expr.value, tvm.runtime.Tensor):
                 array = expr.value.numpy()
                 return given.variable((str(array.dtype), array.shape, constants.offset(array)))
@@ -152,10 +171,14 @@ class _Main:
             if binding.var not in self._dropped and not kills and _callee(value) not in unneeded:
                 kept.append(relax.VarBinding(binding.var, _replaced(value, argument)))
         parameters = [*self._main.params, *given.variables.values(), *made.variables.values()]
-        body = relax.SeqExpr([relax.BindingBlock(kept)], self._main.body.body)
-        return relax.Function(parameters, body, self._main.ret_ty, self._main.is_pure, self._main.attrs)
+        result = self._main.body.body
+        if self._returned:  # as little as main may return
+            kept = [binding for binding in kept if binding.var != result]
+            result = tvm.tirx.IntImm("int64", 0)
+        body = relax.SeqExpr([relax.BindingBlock(kept)], result)
+        return relax.Function(parameters, body, result.ty, self._main.is_pure, self._main.attrs)
 
-    def _offsets(self) -> dict[Any, int]:
+    def _plan(self) -> dict[Any, int]:
         """Where each tensor stands in the workspace: two that are needed at the same step stand apart."""
         steps: dict[Any, list[int]] = {v: [] for v, tensor in self._owned.items() if v == tensor}
         behind: dict[Any, set[Any]] = {v: {tensor} for v, tensor in self._owned.items()}
@@ -166,11 +189,13 @@ class _Main:
             for tensor in used:
                 steps[tensor].append(step)
             behind.setdefault(binding.var, used)  # a tuple, or another name
+        for variable in self._returned:
+            steps[self._owned[variable]].append(len(self._bindings))
         lives = [Lifetime(_size(v), min(at, default=0), max(at, default=0)) for v, at in steps.items()]
         return dict(zip(steps, _plan.plan(lives).offsets, strict=True))
 
 
-def _returned(result: Any, values: dict[Any, Any]) -> set[Any]:
+def _leading_to(result: Any, values: dict[Any, Any]) -> set[Any]:
     """The variables whose memory a caller may hold after the call: what leads to the result, views included."""
     found: set[Any] = set()
     waiting = [result]

@@ -109,7 +109,7 @@ def _build(request: Mapping[str, Any], machine: Machine, reporter: Reporter) -> 
         elif machine.kind == "cuda":
             _write_device(module, target, folder, arch=machine.cpu, code=cast(_cuda.Code, form), reporter=reporter)
         else:
-            _write_vm(module, target, folder, reporter)
+            _write_vm(module, target, folder, reporter, has_states=bool(states))
     return {
         "outputs": [[n, shape, dtype] for n, (shape, dtype) in zip(outputs, types, strict=True)],
         "kernels": sorted(lowered.kernels),
@@ -190,10 +190,12 @@ def _pipeline(*last: tvm.transform.Pass) -> tvm.transform.Pass:
     )
 
 
-def _write_vm(module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter) -> None:
+def _write_vm(
+    module: tvm.IRModule, target: tvm.target.Target, folder: Path, reporter: Reporter, *, has_states: bool
+) -> None:
     constants = _bound.Constants()
     with reporter.step("compile"):
-        pipeline = _pipeline(_bound.bind(constants))
+        pipeline = _pipeline(_bound.bind(constants, has_states=has_states))
         executable = tvm.compile(module, target=target, relax_pipeline=pipeline, tir_pipeline=intrinsics.PIPELINE)
     with reporter.step("link"):
         work = folder / "objects"

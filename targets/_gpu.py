@@ -106,8 +106,12 @@ class OnGpu:
         machine = importlib.import_module("tvm.relax").VirtualMachine
         self._main = machine(open_library(path), self._device, "pooled" if pooled else "naive")["main"]
 
+    def run(self, tensors: Sequence[Any]) -> list[np.ndarray]:
+        """The outputs as arrays, for tensors in the order of the inputs; one call at a time."""
+        return [self.fetch(result) for result in self.call(tensors)]
+
     def call(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """The outputs for tensors in the order of the inputs; one call at a time."""
+        """The outputs as tensors, for tensors in the order of the inputs; one call at a time."""
         found: Sequence[Any] = self._main(*tensors)
         return found
 

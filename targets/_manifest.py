@@ -11,7 +11,7 @@ from typing import Any
 
 from mc_opt.ir import IRError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NAME = "manifest.json"
 _OPTIONAL = ("limits", "states", "prompt")
 # What the compiled main is given once, of artefacts for processors.

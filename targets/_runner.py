@@ -80,32 +80,39 @@ struct Place {
   void FreeData(DLTensor*) {}
 };
 
-// The tensors that rows of (type, shape, offset) tell of; without memory, in some that is large enough.
-void Append(const ffi::Any& table, char* memory, size_t room, std::vector<ffi::Any>* tensors) {
-  auto rows = table.cast<ffi::Array<ffi::Array<ffi::Any>>>();
+// The bytes that rows of (type, shape, offset) take.
+size_t Extent(const ffi::Any& table) {
   size_t bytes = 0;
-  for (const ffi::Array<ffi::Any>& row : rows) {
+  for (const ffi::Array<ffi::Any>& row : table.cast<ffi::Array<ffi::Array<ffi::Any>>>()) {
     DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
     size_t size = (dtype.bits + 7) / 8;
     for (int64_t extent : row[1].cast<ffi::Shape>()) size *= extent;
     bytes = std::max(bytes, row[2].cast<ffi::Shape>()[0] + size);
   }
-  if (!memory) memory = Allocate(room = bytes);
-  if (bytes > room) throw std::runtime_error("constants.bin: is shorter than model.so expects; copy it again");
-  for (const ffi::Array<ffi::Any>& row : rows) {
+  return bytes;
+}
+
+// The tensors that rows tell of, in memory of so many bytes.
+void Append(const ffi::Any& table, char* memory, size_t room, std::vector<ffi::Any>* tensors) {
+  if (Extent(table) > room) throw std::runtime_error("constants.bin: is shorter than model.so expects; copy it again");
+  for (const ffi::Array<ffi::Any>& row : table.cast<ffi::Array<ffi::Array<ffi::Any>>>()) {
     DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
     Place place{memory + row[2].cast<ffi::Shape>()[0]};
     tensors->push_back(ffi::Tensor::FromNDAlloc(place, row[1].cast<ffi::Shape>(), dtype, DLDevice{kDLCPU, 0}));
   }
 }
 
-// Main takes, behind the inputs, the constants and places for what it computes on the way.
-ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
+// Main takes, behind the inputs, the constants and places for what it computes; outputs that have places are views.
+ffi::Function Bound(const ffi::Module& machine, const std::string& library, std::vector<ffi::Any>* outputs) {
   size_t size = 0;
   char* constants = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin", &size);
   std::vector<ffi::Any> bound = {ffi::String("main"), ffi::String("bound"), 1};
+  ffi::Any places = machine->GetFunction("places").value()(), placed = machine->GetFunction("outputs").value()();
+  size_t room = std::max(Extent(places), Extent(placed));
+  char* workspace = Allocate(room);
   Append(machine->GetFunction("constants").value()(), constants, size, &bound);
-  Append(machine->GetFunction("places").value()(), nullptr, 0, &bound);
+  Append(places, workspace, room, &bound);
+  Append(placed, workspace, room, outputs);
   std::vector<ffi::AnyView> views(bound.begin(), bound.end());
   ffi::Any nothing;
   machine->GetFunction("save_function").value().CallPacked(views.data(), static_cast<int32_t>(views.size()), &nothing);
@@ -113,7 +120,12 @@ ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
 }
 
 """,
-    "@MAIN@": "Bound(machine, file)",
+    "@MAIN@": "Bound(machine, file, &placed)",
+    "@BEFORE@": "  std::vector<ffi::Any> placed;\n",
+    "@OUTPUTS_OF@": """  ffi::Array<ffi::Tensor> outputs;
+  for (const ffi::Any& tensor : placed) outputs.push_back(tensor.cast<ffi::Tensor>());
+  if (placed.empty()) outputs = result.cast<ffi::Array<ffi::Tensor>>();
+""",
 }
 _ON_GPU = {
     "@LIBRARIES@": "-Wl,--no-as-needed,-rpath,$CUDA -ltvm_runtime_cuda ",
@@ -130,6 +142,8 @@ _ON_GPU = {
     "@BINDING@": "",
     "@FITS@": "",
     "@MAIN@": 'machine->GetFunction("main").value()',
+    "@BEFORE@": "",
+    "@OUTPUTS_OF@": "  ffi::Array<ffi::Tensor> outputs = result.cast<ffi::Array<ffi::Tensor>>();\n",
     "@COPIES@": """ffi::Tensor ToGpu(const ffi::Tensor& tensor) {
   auto allocate = ffi::Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
   auto copy = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromBytes");
@@ -241,9 +255,8 @@ void Print(const ffi::Tensor& tensor) {
   for (size_t k = 0; k < kInputs.size(); ++k) inputs.push_back(@PLACED@(Read(kInputs[k], paths[1 + k])));
   for (const ffi::Tensor& tensor : inputs) arguments.push_back(tensor);
   ffi::Any result;
-  @MAIN@.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
-  ffi::Array<ffi::Tensor> outputs = result.cast<ffi::Array<ffi::Tensor>>();
-  for (size_t k = 0; k < kOutputs; ++k) {
+@BEFORE@  @MAIN@.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+@OUTPUTS_OF@  for (size_t k = 0; k < kOutputs; ++k) {
     Write(@FETCHED@(outputs[k]), paths[1 + kInputs.size() + k]);
     Print(outputs[k]);
   }

@@ -47,26 +47,38 @@ class Processor:
         self._machine = open_library(path)["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
         self._constants = constants
-        self._functions = {"main": self._bound("main", "")}
+        self._main, self._outputs = self._bound("main", "")
+        self._second: Any = None
 
     def add(self, name: str) -> None:
         """Load a second function of the library, which has the inputs of `main` and shares its constants."""
-        self._functions[name] = self._bound(name, f"{name}_")
+        self._second, outputs = self._bound(name, f"{name}_")
+        assert not outputs  # they are states
 
-    def _bound(self, name: str, prefix: str) -> Any:
-        places = self._machine[f"{prefix}places"]()
-        held = [
-            *_views(self._machine[f"{prefix}constants"](), self._constants),
-            *_views(places, memory(_extent(places))),
-        ]
+    def _bound(self, name: str, prefix: str) -> tuple[Any, list[np.ndarray]]:
+        """A function with its last arguments, and where its outputs are; nowhere when it returns them."""
+        places, outputs = (self._machine[f"{prefix}{table}"]() for table in ("places", "outputs"))
+        room = memory(_extent([*places, *outputs]))
+        held = [*_views(self._machine[f"{prefix}constants"](), self._constants), *_views(places, room)]
         self._machine["save_function"](name, f"{prefix}bound", 1, *(self._ffi.from_dlpack(array) for array in held))
-        return self._machine[f"{prefix}bound"]
+        return self._machine[f"{prefix}bound"], list(_views(outputs, room))
 
-    def call(self, tensors: Sequence[Any], name: str = "main") -> Sequence[Any]:
-        """The outputs of a function for tensors in the order of the inputs; one call at a time."""
+    def run(self, tensors: Sequence[Any]) -> list[np.ndarray]:
+        """The outputs of main as arrays, for tensors in the order of the inputs; one call at a time."""
+        if not self._outputs:
+            return [self.fetch(result) for result in self.call(tensors)]
         if self._threads is not None:
             self._set_pool(self._threads)
-        found: Sequence[Any] = self._functions[name](*tensors)
+        self._main(*tensors)
+        return [output.copy() for output in self._outputs]
+
+    def call(self, tensors: Sequence[Any], *, second: bool = False) -> Sequence[Any]:
+        """The outputs of main, or of the second function, as tensors; one call at a time."""
+        if self._outputs and not second:
+            return [self.place(output) for output in self.run(tensors)]
+        if self._threads is not None:
+            self._set_pool(self._threads)
+        found: Sequence[Any] = (self._second if second else self._main)(*tensors)
         return found
 
     def _set_pool(self, threads: int) -> None:

@@ -7,7 +7,7 @@ import platform
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,12 +35,12 @@ class Artefact:
         self._machine = _machine_of(folder / "model.so", manifest, constants, threads=threads, is_open=is_open)
         if manifest.prompt and isinstance(self._machine, _runtime.Processor):
             self._machine.add(_prompt.NAME)
-        # Inputs of one shape have their places for good: TVM takes longer to make a tensor than small models to run.
         self._names = [port.name for port in manifest.outputs]
-        self._places: dict[str, np.ndarray] | None = None
+        # Inputs of one shape have their places for good: TVM takes longer to make a tensor than small models to run.
+        self._places: list[_Place] = []
         if not is_open and isinstance(self._machine, _runtime.Processor):
-            self._places = {p.name: _runtime.aligned(p.shape, np.dtype(p.dtype)) for p in manifest.inputs}
-            self._tensors = [self._machine.tensor(place) for place in self._places.values()]
+            self._places = [_Place.of(port) for port in manifest.inputs]
+            self._tensors = [self._machine.tensor(place.memory) for place in self._places]
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -59,8 +59,7 @@ class Artefact:
             DataError: an input is missing, unknown, or has another shape or type.
         """
         with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
-            results = self._machine.call(self._placed(inputs))
-            return {name: self._machine.fetch(result) for name, result in zip(self._names, results, strict=True)}
+            return dict(zip(self._names, self._machine.run(self._placed(inputs)), strict=True))
 
     def stream(self) -> Stream:
         """The steps of a new sequence, for a model with states."""
@@ -87,7 +86,7 @@ class Artefact:
         """Let the second function of a language model read `manifest.prompt` tokens: its outputs are the states."""
         assert isinstance(self._machine, _runtime.Processor)  # a GPU's artefact has no such function
         with self._lock:
-            return self._machine.call(tensors, _prompt.NAME)
+            return self._machine.call(tensors, second=True)
 
     def _placed(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """The inputs as tensors of the machine, copied to where kernels may load whole vectors.
@@ -95,21 +94,35 @@ class Artefact:
         Every step of Python costs some microseconds behind kernels that have emptied the caches: inputs that fit at
         first sight are not looked at again.
         """
-        if self._places is None:
+        if not self._places:
             arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
             return [self._machine.place(array) for array in arrays]
         if len(inputs) == len(self._places):
-            for name, place in self._places.items():
+            for name, memory, shape, dtype in self._places:
                 array = inputs.get(name)
-                if type(array) is not np.ndarray or array.shape != place.shape or array.dtype is not place.dtype:
+                if type(array) is not np.ndarray or array.shape != shape or array.dtype is not dtype:
                     break
-                place[...] = array
+                memory[...] = array
             else:
                 return self._tensors
-        arrays = check_inputs(self.manifest.inputs, inputs)
-        for place, array in zip(self._places.values(), arrays, strict=True):
-            place[...] = array
+        for place, array in zip(self._places, check_inputs(self.manifest.inputs, inputs), strict=True):
+            place.memory[...] = array
         return self._tensors
+
+
+class _Place(NamedTuple):
+    """Where an input of one shape is copied to."""
+
+    name: str
+    memory: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, port: Port) -> _Place:
+        """Memory for a port."""
+        memory = _runtime.aligned(port.shape, np.dtype(port.dtype))
+        return cls(port.name, memory, memory.shape, memory.dtype)
 
 
 def _machine_of(
