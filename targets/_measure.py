@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from mc_opt.targets import _build, _candidates, _race
+from mc_opt.targets import _build, _candidates, _race, _runtime
 from mc_opt.targets._build import Reporter
 from mc_opt.targets._candidates import Kernel
 from mc_opt.targets._machine import Machine
@@ -44,7 +44,7 @@ def _measure(
     """Measure every shape of a model that is not known yet; `broken` has candidates that ended an earlier child."""
     intrinsics.register()
     if machine.threads > 1:
-        tvm.get_global_func("runtime.config_threadpool")(1, machine.threads)
+        _runtime.set_pool(_runtime.load(), machine.threads)
     offered, rule = _candidates.kernels(path, machine, {})
     offered = {shape: names for shape, names in offered.items() if shape in rule}
     wanted = {shape: names for shape, names in offered.items() if shape not in known}

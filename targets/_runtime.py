@@ -43,7 +43,6 @@ class Processor:
         """
         self._ffi = load()
         self._threads = threads
-        self._configure = self._ffi.get_global_func("runtime.config_threadpool")
         self._machine = open_library(path)["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
         self._constants = constants
@@ -68,7 +67,7 @@ class Processor:
         if not self._outputs:
             return [self.fetch(result) for result in self.call(tensors)]
         if self._threads is not None:
-            self._set_pool(self._threads)
+            set_pool(self._ffi, self._threads)
         self._main(*tensors)
         return [output.copy() for output in self._outputs]
 
@@ -77,20 +76,9 @@ class Processor:
         if self._outputs and not second:
             return [self.place(output) for output in self.run(tensors)]
         if self._threads is not None:
-            self._set_pool(self._threads)
+            set_pool(self._ffi, self._threads)
         found: Sequence[Any] = (self._second if second else self._main)(*tensors)
         return found
-
-    def _set_pool(self, threads: int) -> None:
-        """Let this thread's pool, which other artefacts share, have so many threads on the cores that it may use.
-
-        That takes longer than small models run: it is done where the last artefact wanted something else.
-        """
-        wanted = threads, os.sched_getaffinity(0)
-        if getattr(_pool, "has", None) != wanted:
-            cores = self._ffi.convert([str(core) for core in sorted(wanted[1])])
-            self._configure(_SHARE_ALL_CORES, threads, cores)
-            _pool.has = wanted
 
     def instrument(self, function: Any) -> None:
         """Let `function(function, name, is before, result, *arguments)` be called around every call of a run."""
@@ -120,6 +108,19 @@ def load() -> Any:
     place = Path(found.submodule_search_locations[0], "lib", "libtvm_runtime.so")
     ctypes.CDLL(str(place), mode=ctypes.RTLD_GLOBAL)
     return ffi
+
+
+def set_pool(ffi: Any, threads: int) -> None:
+    """Let this thread's pool, which other artefacts share, have so many threads on the cores that it may use.
+
+    That takes longer than small models run: it is done where the last artefact wanted something else. TVM's other ways
+    to ask give at most half of the cores.
+    """
+    wanted = threads, os.sched_getaffinity(0)
+    if getattr(_pool, "has", None) != wanted:
+        cores = ffi.convert([str(core) for core in sorted(wanted[1])])
+        ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, threads, cores)
+        _pool.has = wanted
 
 
 def open_library(path: Path) -> Any:

@@ -149,6 +149,26 @@ _measure.serve()
 @pytest.mark.tvm
 @pytest.mark.slow
 @pytest.mark.ci
+def test_kernels_for_two_threads_are_measured_by_two(monkeypatch: pytest.MonkeyPatch):
+    planted = """
+from mc_opt.targets import _candidates, _measure
+from mc_opt.targets._measure import tvm
+def planted(*_):
+    raise RuntimeError(f"{tvm.get_global_func('runtime.NumThreads')()} threads")
+_candidates.kernels = planted
+_measure.serve()
+"""
+    if _machine.cores() < 2:
+        pytest.skip("missing: a second processor")
+    monkeypatch.setattr(_tune, "_CHILD", planted)
+    machine = _machine.native(threads=2)
+    with pytest.raises(_process.BuildError, match="RuntimeError: 2 threads"):
+        _tune.tune(model(CONV), machine, TileTable(), keep=lambda _: None, progress=lambda *_: None)
+
+
+@pytest.mark.tvm
+@pytest.mark.slow
+@pytest.mark.ci
 def test_packed_weights_are_measured_as_their_kernels_decode_them():
     from mc_opt import passes
 
