@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import numpy as np
 import onnx.parser
 import onnx_ir
+import pytest
 
 from mc_opt import ir, passes
 from mc_opt.ir.run import interp, module
 
 HEADER = '<ir_version: 10, opset_import: ["": 21]>'
+
+
+def sampled(cases: Iterable[Any], chosen: Container[Any]) -> list[Any]:
+    """Cases for `parametrize`: those chosen run in `make check` already, the others in `make test`."""
+    marks = [pytest.mark.slow, pytest.mark.ci]
+    return [case if case in chosen else pytest.param(case, marks=marks) for case in cases]
 
 
 def model(text: str, weights: Mapping[str, np.ndarray] | None = None) -> onnx_ir.Model:

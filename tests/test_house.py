@@ -83,13 +83,16 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def imports(path: Path, *, top_level: bool = False) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports(path: Path, *, top_level: bool = False) -> tuple[tuple[int, str], ...]:
     """Every imported module of a file as (line, dotted name); `from a import b` counts as `a.b`."""
+    found: list[tuple[int, str]] = []
     for node in _top_level(tree(path)) if top_level else ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            found += ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+    return tuple(found)
 
 
 def _top_level(module: ast.Module) -> Iterator[ast.AST]:

@@ -108,6 +108,8 @@ def small() -> Any:
     return torch.nn.Sequential(torch.nn.Conv1d(2, 3, 3), torch.nn.BatchNorm1d(3), torch.nn.ReLU())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_fx_and_exported_programs_and_open_dimensions() -> None:
     net, x = small().eval(), torch.randn(2, 2, 8)
     expected = ["Conv", "BatchNormalization", "Relu"]
@@ -122,6 +124,8 @@ def test_fx_and_exported_programs_and_open_dimensions() -> None:
         assert {"0.weight", "0.bias", "1.running_var"} <= set(model.graph.initializers)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_tensor_returned_twice_is_two_outputs(tmp_path: Path) -> None:
     class Twice(torch.nn.Module):
         def forward(self, x: Any) -> Any:
@@ -167,6 +171,8 @@ def test_modules_that_cannot_be_traced(capfd: pytest.CaptureFixture[str]) -> Non
     assert "no example inputs" in refusal(small().eval())
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nets_for_capture.py").write_text(
         "import torch\n"

@@ -167,6 +167,8 @@ def sweep(layer: Layer) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.ci
 @settings(max_examples=60, deadline=None)
 @given(layers(spatial=2))
 def test_factored_convolution_is_the_dense_one(layer: Layer) -> None:

@@ -48,6 +48,8 @@ def test_the_text_of_a_pipeline_reads_back(made: list[Toy]) -> None:
     assert Pipeline.parse(str(pipeline)) == pipeline
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @given(st.lists(toy_passes, min_size=1), st.dictionaries(words, st.fixed_dictionaries({"bits": st.integers(1, 8)})))
 def test_a_recipe_reads_back(made: list[Toy], overrides: dict[str, dict[str, int]]) -> None:
     pipeline = Pipeline(tuple(passes.Step(p, tuple(overrides.items())) for p in made))

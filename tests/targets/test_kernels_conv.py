@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mc_opt.targets.kernels import _split
+from tests._harness import sampled
 from tests.targets import _kernels
 from tests.targets._kernels import check, feeds, machine, model, normal, running
 
@@ -48,7 +49,10 @@ def _conv_text(case: tuple, tail: str) -> tuple[str, dict[str, np.ndarray]]:
     return text, {"w": normal(o, c // groups, *kernel), "b": normal(o, seed=1)}
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ["same", "odd", "grouped", "depthwise", "one dimension", "blocks of the weight", "depthwise strided"]
+
+
+@pytest.mark.parametrize("name", sampled(CASES, QUICK))
 def test_convolution_with_fused_activation(name):
     check(*_conv_text(CASES[name], "y = Relu(c)"))
 
@@ -56,7 +60,7 @@ def test_convolution_with_fused_activation(name):
 ON_AVX2 = ["odd", "grouped", "depthwise multiplier", "blocks of the weight", "small weight", "depthwise wide"]
 
 
-@pytest.mark.parametrize("name", ON_AVX2)
+@pytest.mark.parametrize("name", sampled(ON_AVX2, ["grouped", "depthwise multiplier"]))
 def test_convolution_on_avx2(name):
     check(*_conv_text(CASES[name], "y = Relu(c)"), cpu="x86-64-v3")
 
@@ -75,8 +79,8 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("threads", sampled([1, 3], [1]))
+@pytest.mark.parametrize("name", sampled(BLOCKS, BLOCKS[2:]))
 def test_a_panel_that_no_cache_holds_is_multiplied_in_blocks(name, threads, monkeypatch):
     small = dataclasses.replace(machine(), l2=1 << 14)
     monkeypatch.setattr(_kernels, "machine", lambda _: small)
@@ -93,7 +97,7 @@ def test_threads_share_every_convolution(name, threads, monkeypatch):
     check(*_conv_text(CASES[name], "y = Relu(c)"), threads=threads)
 
 
-@pytest.mark.parametrize("name", ["point, blocks of the weight", "depthwise"])
+@pytest.mark.parametrize("name", sampled(["point, blocks of the weight", "depthwise"], ["depthwise"]))
 def test_threads_share_a_small_convolution(name, monkeypatch):
     monkeypatch.setattr(_split, "_WORTH", 0)
     check(*_conv_text(CASES[name], "y = Relu(c)"), threads=2)
@@ -132,7 +136,7 @@ PADS = {
 
 
 @pytest.mark.parametrize("name", PADS)
-@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize("group", sampled([1, 16], [16]))
 def test_a_pad_before_a_convolution(name, group):
     inputs, mode, amounts, axes = PADS[name]
     channels = 8 if name == "channels" else 16
@@ -142,7 +146,7 @@ def test_a_pad_before_a_convolution(name, group):
     check(text, weights | ({} if axes is None else {"axes": np.array(axes)}))
 
 
-@pytest.mark.parametrize("shape", ["1,40,5,7", "1,40,1,1", "1,1,5,1", "1,1,1,7"])
+@pytest.mark.parametrize("shape", sampled(["1,40,5,7", "1,40,1,1", "1,1,5,1", "1,1,1,7"], ["1,40,1,1", "1,1,5,1"]))
 def test_what_is_added_to_a_point_convolution_may_lie_along_any_axis(shape):
     text = f"""g (float[1,24,5,7] x, float[{shape}] s) => (float[1,40,5,7] y)
         {{ c = Conv(x, w)  a = Add(c, s)  y = Relu(a) }}"""
@@ -171,7 +175,7 @@ TRANSPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSPOSED)
+@pytest.mark.parametrize("name", sampled(TRANSPOSED, ["overlap", "dilated groups"]))
 def test_transposed_convolution(name):
     c, size, o, kernel, attributes, groups = TRANSPOSED[name]
     dims, out = ",".join(map(str, (1, c, *size))), ",".join(f"d{i}" for i in range(2 + len(size)))
@@ -196,6 +200,6 @@ POOLS = [
 ]
 
 
-@pytest.mark.parametrize("op", POOLS)
+@pytest.mark.parametrize("op", sampled(POOLS, POOLS[:4] + POOLS[-3:]))
 def test_pooling(op):
     check(f"g (float[1,5,13,14] x) => (float[a,b,c,d] y) {{ y = {op}(x) }}")

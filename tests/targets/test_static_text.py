@@ -36,6 +36,8 @@ def test_parameters_are_c_names(given: tuple[str, ...], names: list[str]) -> Non
     assert _c_source.parameters(program(given, ()), "model") == names
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=12), max_size=6), st.lists(st.text(max_size=12), max_size=6))
 def test_any_names_make_distinct_parameters(inputs: list[str], outputs: list[str]) -> None:

@@ -28,6 +28,8 @@ def digests(out: Path, target: str, seed: str) -> dict[str, str]:
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_onnx_file_and_the_report(tmp_path: Path) -> None:
     first = digests(tmp_path / "a", "onnx", "1")
     assert first == digests(tmp_path / "other" / "b", "onnx", "2")
