@@ -6,12 +6,37 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._relax import dims
+from mc_opt.targets.kernels._loops import Buffer, Expr
 
-# Steps of a reduction between two prefetches, and floats of a cache line.
-_RUN, _LINE = 8, 16
+# Steps of a reduction between two prefetches, floats of a cache line, and its bytes.
+_RUN, _LINE, _LINE_BYTES = 8, 16, 64
+# Bytes that packed weights are asked for ahead of their use: what a core has under way at a time, some times over.
+_AHEAD = 32 << 10
+
+
+def ahead(size: int, step: int) -> int:
+    """By how many steps to ask ahead for a stream of `size` bytes, of which each step takes so many.
+
+    What is asked for beyond the end of a stream may not be wanted: that is a quarter of it at most.
+    """
+    return min(_AHEAD, size // 4) // step
+
+
+def ask(buffer: Buffer, *index: Expr, size: int) -> None:
+    """Let `size` bytes from an element on come to the second level of the caches; any address will do.
+
+    Hardware looks ahead within a page of 4 KiB alone: of weights beyond the caches it reads half as much in a time.
+    """
+    *outer, last = index
+    item = np.dtype(str(buffer.dtype)).itemsize
+    for byte in range(0, size, _LINE_BYTES):
+        address = tirx.address_of(tirx.BufferLoad(buffer, [*outer, last + byte // item]))
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
 
 def runs(state: Any, block: Any, order: Sequence[Any], steps: Sequence[Any]) -> Any:

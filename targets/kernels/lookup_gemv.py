@@ -19,7 +19,17 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
-from mc_opt.targets.kernels import _choice, _decode, _lookup_rows, _loops, _tbl, _weights, lookup_gemm, lookup_int8
+from mc_opt.targets.kernels import (
+    _choice,
+    _decode,
+    _lookup_rows,
+    _loops,
+    _prefetch,
+    _tbl,
+    _weights,
+    lookup_gemm,
+    lookup_int8,
+)
 from mc_opt.targets.kernels._decode import Tiles
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels.conv import fusable
@@ -136,8 +146,12 @@ def _product(
 
 
 def _in_a_row(tiles: Tiles) -> np.ndarray:
-    """int8: the bytes of all words and two more, for the vector that begins in the middle of the last word."""
-    return np.append(tiles.words.reshape(-1).view(np.int8), np.zeros(2, np.int8))
+    """int8: the bytes of all words as a tile needs them, the vectors of its columns in turn: one stream to read.
+
+    Two more stand at the end, for the vector that begins in the middle of the last word.
+    """
+    in_order = np.ascontiguousarray(tiles.words.transpose(0, 2, 1, 3))
+    return np.append(in_order.reshape(-1).view(np.int8), np.zeros(2, np.int8))
 
 
 def _in_threads(e: Emitter, tiles: Tiles) -> bool:
@@ -164,13 +178,20 @@ def _body(
     # A scale multiplies the sum of its group, not each weight.
     late = scale is not None and table.offset is None and (table.group is None or run > 0)
 
+    def place(t: Expr, w: Expr, v: int) -> Expr:
+        """The byte at which a vector of words in a row begins."""
+        return ((t * -(-depth // per) + w) * vectors + v) * (4 * lanes)
+
     def load(t: Expr, v: int, w: Expr, byte: int) -> Expr:
         if len(words.shape) > 1:
             return _loops.load(words, t, v, w, 0, lanes=lanes)
-        first = ((t * vectors + v) * -(-depth // per) + w) * (4 * lanes) + byte
-        return tirx.reinterpret(f"int32x{lanes}", _loops.load(words, first, lanes=4 * lanes))
+        return tirx.reinterpret(f"int32x{lanes}", _loops.load(words, place(t, w, v) + byte, lanes=4 * lanes))
+
+    ahead = _prefetch.ahead(tiles.words.nbytes, vectors * 4 * lanes) if len(words.shape) == 1 else 0
 
     def step(sums: list[Buffer], t: Expr, w: Expr, number: int) -> None:
+        if ahead:
+            _prefetch.ask(words, place(t, w + ahead, 0), size=vectors * 4 * lanes)
         order = [(j, v) for j in range(number) for v in range(vectors)]
         if machine.kind == "arm":  # `tbl` decodes four codes of a word: too many words at once do not fit in registers
             order.sort(key=lambda at: (at[1], _tbl.turn(at[0], tiles.bits)))
@@ -196,6 +217,8 @@ def _body(
     def group(sums: list[Buffer], t: Expr, g: Expr, number: int) -> None:
         """Add the products of the `number` rows of group g, times its scales."""
         parts = [_loops.zeros(vectors, lanes) for _ in range(rows)]
+        if ahead:
+            _prefetch.ask(scale, t, g + ahead * per // run, 0, size=vectors * 4 * lanes)
         steps(parts, t, g * (run // per), number)
         for part, total in zip(parts, sums, strict=True):
             for v in range(vectors):

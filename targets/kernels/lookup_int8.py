@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
-from mc_opt.targets.kernels import _bytes, _loops, _weights, lookup_amx
+from mc_opt.targets.kernels import _bytes, _loops, _prefetch, _weights, lookup_amx
 from mc_opt.targets.kernels._bytes import BYTES, LANES, Bytes, Finish, permuted
 from mc_opt.targets.kernels._loops import Argument, Buffer, Expr
 
@@ -181,12 +181,16 @@ def _tile(
     q, words, scale, levels = operands
     vectors, run, unit = weight.vectors, weight.run, weight.unit
     high = int(q.shape[2])
+    # Rows beyond a first block find the weights in a cache.
+    ahead = _prefetch.ahead(weight.words.nbytes, vectors * BYTES) if rows <= high else 0
 
     def level(w: Expr, v: int, p: int) -> Expr:
         return permuted(levels, weight, _loops.load(words, t, w, v, 0, lanes=LANES), p)
 
     def word_of(w: Expr, b: Expr, first: int, parts: list[Buffer]) -> None:
         """Add the products of one word of codes in each lane."""
+        if ahead:
+            _prefetch.ask(words, t, w + ahead, 0, 0, size=vectors * BYTES)
         for p in range(weight.planes):
             values = [level(w, v, p) for v in range(vectors)]
             k = w * unit + p * 4
@@ -200,6 +204,8 @@ def _tile(
 
     def group(g: Expr, b: Expr, first: int, sums: list[Buffer]) -> None:
         parts = [_loops.registers(vectors, LANES, "int32") for _ in sums]
+        if ahead:
+            _prefetch.ask(scale, t, g + ahead * unit // run, 0, size=vectors * BYTES)
         for i, part in enumerate(parts):
             for v in range(vectors):
                 _loops.store(part, _loops.splat(taken[b * high + first + i, g], LANES), v * LANES, lanes=LANES)
