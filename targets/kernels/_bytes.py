@@ -1,5 +1,7 @@
 """Packed weights as kernels for activations of 8 bits take them: codes by fours of rows, levels rounded to bytes.
 
+Codes of more than four bits take the room of their levels, which stand in their places.
+
 w[k, n] ≈ step · scale[g(k), n] · level[code[k, n]],   level = round(codebook / step), -128 <= level <= 127
 """
 
@@ -23,7 +25,8 @@ LANES, BYTES = 16, 64
 # Writes sums of products: (a vector of them in float32, row, first column, lanes).
 Finish = Callable[[Expr, Expr, Expr, int], None]
 # Bits of the field of a code in a byte.
-_FIELD = {1: 1, 2: 2, 3: 4, 4: 4}
+_FIELD = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+_LEVEL = 8
 _NEEDS = ("avx512vbmi", "avx512vnni")
 # Sums of 255 · 127 stay below 2^31.
 _MOST_TERMS = 1 << 16
@@ -35,7 +38,8 @@ class Bytes:
 
     Attributes:
         words: int32 [t, G · run / unit, v, 16]: plane p of byte q of a word is row word · unit + p · 4 + q.
-        levels: int8 [64], the levels repeated: a permutation finds them whatever stands above a code.
+        levels: int8 [64], the levels repeated: a permutation finds them whatever stands above a code; or zeros, where
+            a field of eight bits holds a level.
         scale: float32 [t, G, 16 · v], times the step of the levels.
         run: rows of a group; a single one is filled up to whole registers of bytes.
         field: bits of a code in a byte.
@@ -74,8 +78,8 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Bytes | str:
     """The weight in bytes, or why it cannot be."""
     if not set(_NEEDS) <= set(machine.features):
         return f"{machine.cpu} has not both of {', '.join(_NEEDS)}"
-    if weight.bits not in _FIELD or weight.codebook.size != weight.codebook.shape[-1] or weight.offset is not None:
-        return "only codes of at most 4 bits with one codebook and no offsets become bytes"
+    if weight.codebook.size != weight.codebook.shape[-1] or weight.offset is not None:
+        return "only codes with one codebook and no offsets become bytes"
     tiles = _decode.arrange(weight, pack, machine)
     if tiles is None:
         return "its columns or groups lie across the product's"
@@ -87,7 +91,10 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Bytes | str:
     if run > _MOST_TERMS:
         return f"sums of {run} products do not fit in 32 bits"
     codes = pack(_decode.codes_of(weight))
-    levels, step, error = _levels(weight.codebook.reshape(-1), np.bincount(codes.reshape(-1), minlength=1 << field))
+    book = weight.codebook.reshape(-1) / (tiles.step or 1)  # what the scales have of it
+    levels, step, error = _levels(book, np.bincount(codes.reshape(-1), minlength=1 << field))
+    if field == _LEVEL:
+        codes, levels = levels[codes].view(np.uint8), np.zeros(1, np.int8)
     count, _, columns = codes.shape
     groups = -(-tiles.depth // run)
     scale = np.ones((count, groups, columns), np.float32) if tiles.scale is None else tiles.scale
@@ -130,7 +137,10 @@ def _words(codes: np.ndarray, field: int) -> np.ndarray:
 
 
 def permuted(levels: Buffer, weight: Bytes, word: Expr, plane: int) -> Expr:
-    """int8x64: the entries of `levels` for the codes of a plane of 16 words."""
+    """int8x64: the entries of `levels` for the codes of a plane of 16 words; 128 higher where those are."""
+    if weight.field == _LEVEL:  # 128 in each byte turns its uppermost bit
+        raised = tirx.reinterpret("int32x16", _loops.load(levels, 0, lanes=BYTES))
+        return tirx.reinterpret("int8x64", T.bitwise_xor(word, raised))
     if plane:
         word = T.shift_right(word, _loops.splat(plane * weight.field, LANES, "int32"))
     table = _loops.load(levels, 0, lanes=BYTES)

@@ -38,12 +38,13 @@ class Tiles:
         codebook: shared: [n] filled up to 2^bits and repeated up to whole registers, so that a permutation by a
             lane's low bits finds it whatever stands above them; of 1 or 2 bits with AVX-512 a register for each code
             of four bits, so that it finds them all by one index; or what `_tbl.tables` makes of it; or one a group:
-            [t, c, G, n], flat.
+            [t, c, G, n], flat; or [1], the code of zero of entries in even steps, whose step is in the scale.
         scale: None, or [t, G, c].
         offset: None, or [t, G, c].
         group: int32 [K], the group of each row; None when there is one group.
         bits: width of a code.
         entries: 0 for a shared codebook, else the size n of each.
+        step: of entries in even steps, which the scales have in them; else None.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class Tiles:
     group: np.ndarray | None
     bits: int
     entries: int
+    step: np.float32 | None
 
     @property
     def per(self) -> int:
@@ -83,6 +85,7 @@ class Tiles:
             has_scale=self.scale is not None,
             has_offset=self.offset is not None,
             is_short=tables and _tbl.is_short(self.codebook),
+            is_even=self.step is not None,
         )
 
 
@@ -125,34 +128,36 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
     depth = math.prod(inner)
     lanes = math.gcd(columns, machine.lanes)
     words = _words(codes.reshape(tiles, depth, columns), weight.bits, lanes)
-    if _is_uniform(weight):
-        return Tiles(
-            shape=codes.shape,
-            words=words,
-            codebook=_shared(weight.codebook, weight.bits, lanes, machine),
-            scale=_single(weight.scale, tiles, columns),
-            offset=_single(weight.offset, tiles, columns),
-            group=None,
-            bits=weight.bits,
-            entries=0,
-        )
-    found = _structure(weight, pack, (tiles, depth, columns))
-    if found is None:
-        return None
-    row, group = found
-    groups = int(group.max()) + 1
     shared = weight.codebook.size == weight.codebook.shape[-1]
+    even = _table.even(weight.codebook, weight.bits, lanes, machine) if shared else None
+    book, step = even if even is not None else (None, None)
+    if _is_uniform(weight):
+        row, group, groups = np.zeros((tiles, columns), np.int32), np.zeros(depth, np.int32), 1
+    else:
+        found = _structure(weight, pack, (tiles, depth, columns))
+        if found is None:
+            return None
+        row, group = found
+        groups = int(group.max()) + 1
+    if book is None:
+        book = (
+            _shared(weight.codebook, weight.bits, lanes, machine)
+            if shared
+            else _spread_books(weight.codebook, row, groups)
+        )
+    scale = weight.scale
+    if step is not None:
+        scale = step * (np.ones((1, 1), np.float32) if scale is None else scale)
     return Tiles(
         shape=codes.shape,
         words=words,
-        codebook=_shared(weight.codebook, weight.bits, lanes, machine)
-        if shared
-        else _spread_books(weight.codebook, row, groups),
-        scale=_spread(weight.scale, row, groups),
+        codebook=book,
+        scale=_spread(scale, row, groups),
         offset=_spread(weight.offset, row, groups),
         group=group if groups > 1 else None,
         bits=weight.bits,
         entries=0 if shared else weight.codebook.shape[-1],
+        step=step,
     )
 
 
@@ -204,16 +209,11 @@ def _structure(weight: LookupWeight, pack: Pack, shape: tuple[int, int, int]) ->
     return np.maximum(highest - 1, 0), np.maximum(deepest - 1, 0).astype(np.int32)
 
 
-def _single(value: np.ndarray | None, tiles: int, columns: int) -> np.ndarray | None:
-    if value is None:
-        return None
-    return np.broadcast_to(value.astype(np.float32).reshape(1, 1, 1), (tiles, 1, columns))
-
-
 def _spread(value: np.ndarray | None, row: np.ndarray, groups: int) -> np.ndarray | None:
     """value: [R|1, G|1] -> [t, groups, c]."""
     if value is None:
         return None
+    value = value.reshape(1, 1) if value.size == 1 else value
     count = int(row.max()) + 1
     full = np.broadcast_to(value.astype(np.float32), (max(value.shape[0], count), groups))
     return np.ascontiguousarray(full[row].transpose(0, 2, 1))

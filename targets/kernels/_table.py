@@ -1,10 +1,15 @@
-"""A codebook as kernels read it: a register permutation where the machine has one, else a gather."""
+"""A codebook as kernels read it: permutations of registers, arithmetic where its entries are even steps, else a gather.
+
+A permutation of AVX-512 finds one of 32 entries, so that 256 are eight permutations and a choice among these. One of
+AVX2 finds eight: more than 16 entries are gathered from the first cache there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -12,8 +17,11 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets.kernels import _loops, _tbl
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
-# Lanes of AVX-512, whose permutations take indices of four bits.
-WIDE = 16
+# Lanes of AVX-512, whose permutations take indices of four bits, and of AVX2.
+WIDE, NARROW = 16, 8
+# Registers that a codebook may take: choosing among more is slower than to gather, or there are no more.
+_MOST_REGISTERS = {WIDE: 16, NARROW: 2}
+_ALL_BITS = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Form:
         has_scale: whether the entries are multiplied by scales.
         has_offset: whether offsets are added.
         is_short: whether the lower two bytes of all entries are zero, as those of powers of two are.
+        is_even: whether an entry is its code less the first of the codebook, and the scales have the step.
     """
 
     bits: int
@@ -39,6 +48,7 @@ class Form:
     has_scale: bool
     has_offset: bool
     is_short: bool
+    is_even: bool
 
     @property
     def per(self) -> int:
@@ -49,10 +59,18 @@ class Form:
         """Registers that hold the codebook for a permutation; 0 when there is none for it."""
         if self.has_tables(machine):
             return 4
-        available = {WIDE: "avx512f", 8: "avx2"}.get(self.lanes, "")
-        if self.entries or available not in machine.features or (1 << self.bits) > 2 * self.lanes:
+        if self.entries or self.is_even or _permutation(self.lanes) not in machine.features:
             return 0
-        return max(1, (1 << self.bits) // self.lanes)
+        count = max(1, (1 << self.bits) // self.lanes)
+        return count if count <= _MOST_REGISTERS[self.lanes] else 0
+
+    def is_vectorised(self, machine: Machine) -> bool:
+        """Whether a vector of codes is decoded as one: else a product decodes its weight once, for all of its rows."""
+        return self.is_even or self.registers(machine) > 0 or self.is_gathered(machine)
+
+    def is_gathered(self, machine: Machine) -> bool:
+        """Whether one instruction reads an entry for each lane."""
+        return self.lanes == NARROW and not self.entries and _permutation(self.lanes) in machine.features
 
     def has_tables(self, machine: Machine) -> bool:
         """Whether the codebook is tables of NEON's `tbl`."""
@@ -72,6 +90,7 @@ class Table:
         self._wide = form.lanes == WIDE
         self._tbl = form.has_tables(machine)
         self._registers = form.registers(machine)
+        self._is_gathered = form.is_gathered(machine)
         self._in_fours = self._wide and self._registers > 0 and form.bits <= 2
 
     def weight(self, word: Expr, j: int, t: Expr, v: Expr, k: Expr) -> Expr:
@@ -99,18 +118,31 @@ class Table:
         shift = self.place(j) - past
         code = word if shift == 0 else T.shift_right(word, _loops.splat(shift, lanes, "int32"))
         if not self._registers:
-            return self._gathered(T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32")), t, v, g)
+            code = T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32"))
+            if self._form.is_even:
+                kind = "float32" if lanes == 1 else f"float32x{lanes}"
+                return tirx.Cast(kind, code) - _loops.splat(self._codebook[0], lanes)
+            return self._gathered(code, t, v, g)
         if self._in_fours:
             table = _loops.load(self._codebook, bits * j % 4 // bits * lanes, lanes=lanes)
             return self._permuted(table, code)
+        found = self._found(code)
+        while len(found) > 1:
+            # Each choice is by one bit more; what permutations find, they find whatever stands above their indices.
+            bit = (1 << bits) // len(found)
+            high = tirx.NE(T.bitwise_and(code, _loops.splat(bit, lanes, "int32")), _loops.splat(0, lanes, "int32"))
+            found = [tirx.Select(high, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+        return found[0]
+
+    def _found(self, code: Expr) -> list[Expr]:
+        """The entries for codes in each part of the codebook that one permutation takes."""
+        lanes = self._form.lanes
         parts = [_loops.load(self._codebook, r * lanes, lanes=lanes) for r in range(self._registers)]
-        if len(parts) == 1:
-            return self._permuted(parts[0], code)
-        if self._wide:
-            return T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", parts[0], code, parts[1])
-        high = T.bitwise_and(code, _loops.splat(lanes, lanes, "int32"))
-        picked = [self._permuted(part, code) for part in parts]
-        return tirx.Select(tirx.NE(high, _loops.splat(0, lanes, "int32")), picked[1], picked[0])
+        if not self._wide or len(parts) == 1:
+            return [self._permuted(part, code) for part in parts]
+        name = "llvm.x86.avx512.vpermi2var.ps.512"
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return [T.call_llvm_pure_intrin("float32x16", name, low, code, high) for low, high in pairs]
 
     def _permuted(self, part: Expr, code: Expr) -> Expr:
         if self._wide:
@@ -118,6 +150,11 @@ class Table:
         return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", part, code)
 
     def _gathered(self, code: Expr, t: Expr, v: Expr, g: Expr) -> Expr:
+        if self._is_gathered:
+            every = tirx.reinterpret("float32x8", _loops.splat(_ALL_BITS, NARROW, "int32"))
+            held, where = _loops.splat(0.0, NARROW), tirx.address_of(self._codebook[0])
+            size = tirx.const(4, "int8")
+            return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.gather.d.ps.256", held, where, code, every, size)
         if not self._form.entries:
             return self._codebook[code]
         lanes, columns = self._form.lanes, self._form.columns
@@ -130,3 +167,24 @@ class Table:
 def takes_tbl(bits: int, lanes: int, machine: Machine) -> bool:
     """Whether a shared codebook becomes tables of NEON's `tbl`."""
     return "neon" in machine.features and lanes == _tbl.LANES and bits <= _tbl.MOST_BITS
+
+
+def even(codebook: np.ndarray, bits: int, lanes: int, machine: Machine) -> tuple[np.ndarray, np.float32] | None:
+    """([1], the code of zero; the step) of entries in even steps that are too many for two permutations; else None.
+
+    The entries are float32 and come out as they are, to the last bit of the largest.
+    """
+    few = takes_tbl(bits, lanes, machine) or (1 << bits <= 2 * lanes and _permutation(lanes) in machine.features)
+    book = codebook.reshape(-1).astype(np.float64)
+    if machine.kind == "cuda" or few or book.size < 2 or book[0] == book[-1]:
+        return None
+    step = (book[-1] - book[0]) / (book.size - 1)
+    zero = np.float32(-book[0] / step)
+    found = (np.arange(book.size) - np.float64(zero)) * np.float32(step)
+    close = np.abs(found - book).max() <= np.finfo(np.float32).eps * np.abs(book).max()
+    return (np.full(1, zero), np.float32(step)) if close else None
+
+
+def _permutation(lanes: int) -> str:
+    """The feature that has permutations of so many lanes."""
+    return {WIDE: "avx512f", NARROW: "avx2"}.get(lanes, "")

@@ -124,7 +124,7 @@ def _product(
         return _weights.pack_columns(array.T if transposed else array, columns)
 
     tiles = _decode.arrange(lookup, pack, e.machine)
-    if tiles is None or not (_in_threads(e, tiles) or tiles.form.registers(e.machine)):
+    if tiles is None or not (_in_threads(e, tiles) or tiles.form.is_vectorised(e.machine)):
         return None
     words = _in_a_row(tiles) if at_once and e.machine.kind == "x86" else tiles.words
     arrays = [x for x in (words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if x is not None]

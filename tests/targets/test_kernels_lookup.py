@@ -29,6 +29,11 @@ def text(rows, depth, columns, node):
     return f"g ({shape}) => (float[{rows},{columns}] y) {{ {node} c = MatMul(x, w) y = Add(c, b) }}"
 
 
+def steps(bits):
+    """A codebook in even steps."""
+    return (np.arange(1 << bits) - 3 * (1 << bits) // 5).astype(np.float32) * np.float32(0.3 / (1 << bits))
+
+
 @pytest.mark.parametrize("cpu", PROCESSORS)
 @pytest.mark.parametrize("form", [{"bits": 4}, {"bits": 2, **GROUPED}, {"bits": 3, **GROUPED, "offset": True}], ids=str)
 @pytest.mark.parametrize("rows", [2, 8, 16, 17, 41])
@@ -37,6 +42,25 @@ def text(rows, depth, columns, node):
 def test_rows_in_registers_and_in_blocks(rows, form, cpu):
     node, weights = packed((301, 70), (1,), **form)
     check(text(rows, 301, 70, node), weights, cpu=cpu)
+
+
+@pytest.mark.parametrize("cpu", PROCESSORS)
+@pytest.mark.parametrize("is_even", [True, False])
+@pytest.mark.parametrize("form", [{"bits": 8}, {"bits": 6}, {"bits": 8, **GROUPED}], ids=str)
+@pytest.mark.slow
+@pytest.mark.ci
+def test_codes_of_many_bits_are_decoded_in_registers(form, is_even, cpu):
+    node, weights = packed((67, 70), (1,), **form)
+    if is_even:
+        weights["book"] = steps(form["bits"])
+    if form["bits"] == 6:
+        node = node.replace(", scale", "")
+        del weights["scale"]
+    proto = model(text(1, 67, 70, node), weights | {"b": normal(70)})
+    lowered = lower.lower(onnx_ir.from_proto(proto), machine(cpu), lambda *_: None)
+    assert not any(kernel.startswith("decode: ") for kernel in lowered.kernels)
+    check(text(1, 67, 70, node), weights, cpu=cpu)
+    check(text(16, 67, 70, node), weights, cpu=cpu)
 
 
 def two_terms(shape, axes, bits, **form):
@@ -86,14 +110,17 @@ def test_a_gemm_of_some_rows_adds_its_bias():
     rows=st.integers(1, 66),
     depth=st.integers(1, 200),
     columns=st.integers(1, 130),
-    bits=st.integers(1, 5),
+    bits=st.integers(1, 8),
     group=st.sampled_from([0, 8, 32, 33, 64]),
     offset=st.booleans(),
+    is_even=st.booleans(),
     cpu=st.sampled_from(PROCESSORS),
 )
-def test_products_of_any_size(rows, depth, columns, bits, group, offset, cpu):
+def test_products_of_any_size(rows, depth, columns, bits, group, offset, is_even, cpu):
     scale = "groups" if group else "rows"
     node, weights = packed((depth, columns), (1,), bits, group=group, scale=scale, offset=offset)
+    if is_even:
+        weights["book"] = steps(bits)
     check(text(rows, depth, columns, node), weights, cpu=cpu)
 
 
@@ -106,9 +133,11 @@ def rounded(x):
 def int8(rows, depth, columns, bits, *, tolerance=1e-5, **form):
     """A product with weights of ±1, ±2, .. is that of the rounded inputs; other levels are rounded too."""
     node, weights = packed((depth, columns), (1,), bits, **form)
-    if tolerance == 1e-5:
+    if tolerance == 1e-5 and bits <= 3:
         levels = 2.0 ** np.arange(2 ** (bits - 1))
         weights["book"] = np.concatenate([levels, -levels]).astype(np.float32)
+    elif tolerance == 1e-5:
+        weights["book"] = np.arange(1 << bits).astype(np.float32) - (1 << (bits - 1))
     proto = model(f"g (float[{rows},{depth}] x) => (float[{rows},{columns}] y) {{ {node} y = MatMul(x, w) }}", weights)
     inputs = feeds(proto)
     wanted = reference(proto, {"x": rounded(inputs["x"])})[0]
@@ -124,7 +153,7 @@ needs_vnni = pytest.mark.skipif(bool(VNNI - _machine.present()), reason="no AVX-
 
 
 @needs_vnni
-@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 67, 50), (5, 64, 16), (16, 301, 150), (41, 33, 70)])
 @pytest.mark.slow
 @pytest.mark.ci
@@ -144,7 +173,7 @@ def test_int8_rounds_levels_that_do_not_fit(rows):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 100), depth=st.integers(2, 200), columns=st.integers(1, 130), bits=st.integers(1, 3),
+    rows=st.integers(1, 100), depth=st.integers(2, 200), columns=st.integers(1, 130), bits=st.integers(1, 8),
     group=st.sampled_from([0, 32, 64]),
 )  # fmt: skip
 def test_int8_products_of_any_size(rows, depth, columns, bits, group):
@@ -185,7 +214,6 @@ def test_int8_of_what_is_no_number_is_none(rows):
     ("cpu", "form", "why"),
     [
         ("x86-64-v3", {"bits": 4}, "x86-64-v3 has not both of avx512vbmi, avx512vnni"),
-        pytest.param("native", {"bits": 5}, "only codes of at most 4 bits", marks=needs_vnni),
         pytest.param("native", {"bits": 4, **GROUPED, "offset": True}, "no offsets become bytes", marks=needs_vnni),
         pytest.param("native", {"bits": 4, "group": 12, "scale": "groups"}, "no multiples of 8 rows", marks=needs_vnni),
     ],
@@ -237,7 +265,14 @@ needs_amx = pytest.mark.skipif(ctypes.CDLL(None).syscall(*ASKED) != 0, reason="n
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("rows", "depth", "columns", "bits", "group"),
-    [(6, 64, 70, 4, 0), (16, 301, 150, 2, 0), (17, 96, 16, 3, 32), (41, 320, 33, 4, 64), (64, 70, 16, 1, 0)],
+    [
+        (6, 64, 70, 4, 0),
+        (16, 64, 70, 8, 32),
+        (16, 301, 150, 2, 0),
+        (17, 96, 16, 3, 32),
+        (41, 320, 33, 4, 64),
+        (64, 70, 16, 1, 0),
+    ],
 )
 def test_tiles_give_the_very_sums_of_vectors(rows, depth, columns, bits, group):
     node, weights = packed((depth, columns), (1,), bits, group=group, scale="groups" if group else "rows")
@@ -251,7 +286,7 @@ def test_tiles_give_the_very_sums_of_vectors(rows, depth, columns, bits, group):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(5, 140), depth=st.integers(2, 300), columns=st.integers(1, 130), bits=st.integers(1, 4),
+    rows=st.integers(5, 140), depth=st.integers(2, 300), columns=st.integers(1, 130), bits=st.integers(1, 8),
     group=st.sampled_from([0, 32, 64, 96, 128]),
 )  # fmt: skip
 def test_tiles_of_any_size(rows, depth, columns, bits, group):
