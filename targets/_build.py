@@ -178,6 +178,9 @@ def _pipeline(*last: tvm.transform.Pass) -> tvm.transform.Pass:
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
+            # The results of one kernel, once more in a tuple, would take as long as a small kernel.
+            transform.CanonicalizeBindings(),
+            transform.DeadCodeElimination(),
             transform.StaticPlanBlockMemory(),
             transform.LowerAllocTensor(),
             transform.KillAfterLastUse(),
