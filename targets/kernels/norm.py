@@ -19,6 +19,7 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
+from mc_opt.targets._relax.mapped import elementwise
 from mc_opt.targets.kernels import _loops, _staged
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
@@ -36,6 +37,7 @@ class _Rows:
         statistics: whether mean and 1 / deviation are outputs too.
         period: scales of successive rows: a row's first scale is (row mod period) · length / block.
         block: successive elements that share a scale; 1 for one each.
+        skip: whether the sum with a second input is normalised, and is an output too.
     """
 
     count: Dim
@@ -47,13 +49,26 @@ class _Rows:
     statistics: bool
     period: int = 1
     block: int = 1
+    skip: bool = False
 
 
-def _emit(e: Emitter, x: relax.Expr, scale: relax.Expr | None, bias: relax.Expr | None, rows: _Rows) -> list[relax.Var]:
+def _emit(
+    e: Emitter,
+    x: relax.Expr,
+    scale: relax.Expr | None,
+    bias: relax.Expr | None,
+    rows: _Rows,
+    *,
+    skip: relax.Expr | None = None,
+) -> list[relax.Var]:
+    """The normalised rows, their sums with those of `skip`, and statistics: what of these is asked for."""
     dtype = str(x.ty.dtype)
     own = dataclasses.replace(rows, count=_loops.inside((rows.count,))[0])
     arguments: list[_loops.Argument] = [((own.count, rows.length), dtype)]
     inputs = [e.reshape(x, (rows.count, rows.length))]
+    if skip is not None:
+        inputs.append(e.reshape(skip, (rows.count, rows.length)))
+        arguments.append(arguments[0])
     for given, size in ((scale, rows.scale), (bias, rows.bias)):
         if given is not None:
             inputs.append(e.reshape(given, (size,)))
@@ -61,7 +76,8 @@ def _emit(e: Emitter, x: relax.Expr, scale: relax.Expr | None, bias: relax.Expr 
     if e.machine.kind == "cuda":
         return _emit_staged(e, inputs, rows)
     results, outputs = (
-        [((r.count, rows.length), dtype), *([((r.count,), dtype)] * 2 if rows.statistics else [])] for r in (own, rows)
+        [*[((r.count, rows.length), dtype)] * (1 + rows.skip), *([((r.count,), dtype)] * 2 if rows.statistics else [])]
+        for r in (own, rows)
     )
     body = functools.partial(_body, own, dtype, e.machine)
     return e.call(_loops.kernel([*arguments, *results], body), inputs, outputs, name="norm")
@@ -88,14 +104,18 @@ def _emit_staged(e: Emitter, inputs: Sequence[relax.Expr], rows: _Rows) -> list[
 
 def _body(rows: _Rows, dtype: str, machine: Machine, x: Buffer, *rest: Buffer) -> None:
     others = list(rest)
+    other = others.pop(0) if rows.skip else None
     scale = others.pop(0) if rows.scale else None
     bias = others.pop(0) if rows.bias else None
     y, *statistics = others
+    summed = statistics.pop(0) if rows.skip else x
     length, lanes = rows.length, machine.lanes
     total = functools.partial(_loops.reduce_row, length=length, combine=_add, start=0.0, lanes=lanes, dtype=dtype)
     with _loops.each(rows.count, machine, work=6 * rows.count * length) as row:
         mean, factor = _loops.registers(1, 1, dtype), _loops.registers(1, 1, dtype)
-        read = functools.partial(_read, x, row)
+        if other is not None:
+            _loops.map_row(functools.partial(_sum, (x, other), summed, row), length, lanes=lanes)
+        read = functools.partial(_read, summed, row)
         if rows.centred:
             T.buffer_store(mean, total(read) / tirx.const(length, dtype), [0])
 
@@ -131,6 +151,11 @@ def _body(rows: _Rows, dtype: str, machine: Machine, x: Buffer, *rest: Buffer) -
 
 def _read(x: Buffer, row: Expr, i: Expr, width: int) -> Expr:
     return _loops.load(x, row, i, lanes=width)
+
+
+def _sum(parts: Sequence[Buffer], out: Buffer, row: Expr, i: Expr, width: int) -> None:
+    a, b = (_read(part, row, i, width) for part in parts)
+    _loops.store(out, a + b, row, i, lanes=width)
 
 
 def _parameter(values: Buffer, rows: _Rows, first: Expr, block: Expr, i: Expr, width: int) -> Expr:
@@ -191,6 +216,44 @@ def layer_norm(e: Emitter, node: onnx_ir.Node) -> None:
         e.set(value, e.reshape(result, (*shape[:axis], *[1] * (len(shape) - axis))))
 
 
+def skip_norm(e: Emitter, node: onnx_ir.Node) -> None:
+    """SkipSimplifiedLayerNormalization: a sum, and its rows divided by their root mean squares."""
+    x, skip, scale, *rest = node.inputs
+    y, *others = node.outputs
+    assert x is not None and skip is not None and scale is not None
+    if any(v is not None for v in rest) or any(v.uses() or v.is_graph_output() for v in others[:2]):
+        raise ValueError("it has a bias or outputs of statistics; expected neither")
+    total = others[2] if len(others) > 2 else onnx_ir.Value(name=f"{y.name}.sum")
+    at_once = e.machine.kind != "cuda" and dims.same_shape(e.shape(x), e.shape(skip))
+    if not at_once:
+        elementwise(e, total, [x, skip], lambda a, b: a + b, name="add")
+    shape = e.shape(x if at_once else total)
+    length = shape[-1]
+    if not isinstance(length, int):
+        raise ValueError(f"it normalises over {dims.text(length)} elements; expected a fixed number")
+    rows = _Rows(
+        count=dims.product(shape[:-1]),
+        length=length,
+        epsilon=float(e.attribute(node, "epsilon", 1e-5)),
+        centred=False,
+        scale=length,
+        bias=0,
+        statistics=False,
+        skip=at_once,
+    )
+    made = _emit(
+        e,
+        e.plain(x if at_once else total),
+        _row_parameter(e, scale, length, node),
+        None,
+        rows,
+        skip=e.plain(skip) if at_once else None,
+    )
+    e.set(y, e.reshape(made[0], shape))
+    if at_once:
+        e.set(total, e.reshape(made[1], shape))
+
+
 def channel_norm(e: Emitter, node: onnx_ir.Node) -> None:
     """InstanceNormalization and GroupNormalization: rows are one channel, or the channels of one group."""
     x, scale, bias = node.inputs
@@ -221,4 +284,5 @@ HANDLERS: dict[str, Handler] = {
     "RMSNormalization": layer_norm,
     "InstanceNormalization": channel_norm,
     "GroupNormalization": channel_norm,
+    "com.microsoft.SkipSimplifiedLayerNormalization": skip_norm,
 }

@@ -12,7 +12,7 @@ from mc_opt.targets import TargetError
 from mc_opt.targets._build import llvm_target
 from mc_opt.targets.kernels import _math, _split, recurrent
 from tests._harness import sampled
-from tests.targets._kernels import build, check, machine, model, normal
+from tests.targets._kernels import build, check, lowered_model, machine, model, normal
 
 pytestmark = pytest.mark.tvm
 
@@ -45,6 +45,41 @@ def test_normalisation(op, shape, parameters):
     dims = ",".join(map(str, shape))
     text = f"g (float[{dims}] x) => (float[{dims}] y) {{ y = {op}(x, {', '.join(parameters)}) }}"
     check(text, {name: normal(*size, seed=k) for k, (name, size) in enumerate(parameters.items())})
+
+
+def _spelled_out(*, power="2", scaled="s, n", more=""):
+    """Rows of a + b by their root mean squares, as PyTorch exports a module."""
+    return f"""g (float[2,1,70] a, float[2,1,70] b) => (float[2,1,70] y, float[2,1,70] z) <float[2,1,70] x> {{
+        x = Add(a, b)
+        two = Constant<value_float={power}.0>()
+        p = Pow(x, two)
+        axes = Constant<value_ints=[-1]>()
+        m = ReduceMean<keepdims=1>(p, axes)
+        e = Constant<value_float=0.00001>()
+        v = Add(m, e)
+        d = Sqrt(v)
+        r = Reciprocal(d)
+        n = Mul(x, r)
+        y = Mul({scaled})
+        {more or "z = Add(x, a)"} }}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "op"),
+    [
+        (_spelled_out(), "SkipSimplifiedLayerNormalization"),
+        (_spelled_out(scaled="n, s").replace("Add(a, b)", "Sub(a, b)"), "RMSNormalization"),
+        (_spelled_out(power="4"), ""),
+        (_spelled_out(more="z = Mul(n, a)"), ""),
+    ],
+)
+def test_root_mean_squares_that_a_model_spells_out_are_one_kernel(text, op):
+    weights = {"s": normal(70)}
+    check(text, weights)
+    found = [
+        line for line in lowered_model(model(text, weights), machine()).kernels if "norm" in line.partition(":")[0]
+    ]
+    assert [line.partition(" by ")[0] for line in found] == ([op] if op else [])
 
 
 REDUCTIONS = ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"]

@@ -1,0 +1,142 @@
+"""Root mean square normalisations that a model spells out, as one node each: five kernels of a row become one.
+
+    y = x · 1 / √(mean x² + ε) · scale,   and with x = a + b the sum too, which the next layer adds to
+
+A framework's module is exported as the ops that it computes. Of ONNX's function RMSNormalization and of ONNX Runtime's
+SkipSimplifiedLayerNormalization, which adds first, kernels take a row at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir
+from onnx_ir import convenience
+
+SKIP = ("com.microsoft", "SkipSimplifiedLayerNormalization")
+
+
+def recognise(model: onnx_ir.Model) -> None:
+    """Replace what makes up a normalisation and is read by nothing else; the sums before them where there are any."""
+    for last in list(model.graph):
+        found = _normalised(last)
+        if found is None:
+            continue
+        x, scale, epsilon = found
+        attributes = [onnx_ir.AttrFloat32("epsilon", epsilon)]
+        y, old = _renamed(last.outputs[0]), _behind(last, x)
+        added = x.producer()
+        if added is not None and _is_sum_of_two(added):
+            total = _renamed(x)
+            inputs, outputs = [*added.inputs, scale], [y, *(_nothing(y, k) for k in range(2)), total]
+            made = onnx_ir.Node(*SKIP, inputs, attributes, outputs=outputs, name=last.name)
+            model.graph.insert_before(added, made)
+            x.replace_all_uses_with(total, replace_graph_outputs=True)
+            old.append(added)
+        else:
+            attributes.append(onnx_ir.AttrInt64("axis", -1))
+            made = onnx_ir.Node("", "RMSNormalization", [x, scale], attributes, outputs=[y], name=last.name)
+            model.graph.insert_before(last, made)
+        last.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
+        model.graph.remove(old, safe=True)
+
+
+def _normalised(last: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, float] | None:
+    """(x, scale, ε) of the normalisation that ends with this node."""
+    for scale, product in _either_way(last, "Mul"):
+        if scale.shape is None or scale.shape.rank() != 1 or not _is_constant(scale):
+            continue
+        for x, factor in _either_way(_made_by(product, "Mul"), "Mul"):
+            epsilon = _epsilon(factor, x)
+            if epsilon is not None and x.shape is not None and x.shape[-1:] == scale.shape[:]:
+                return x, scale, epsilon
+    return None
+
+
+def _epsilon(factor: onnx_ir.Value, x: onnx_ir.Value) -> float | None:
+    """ε, when `factor` is 1 / √(mean x² + ε) over the last axis."""
+    reciprocal = _made_by(factor, "Reciprocal")
+    root = None if reciprocal is None else _made_by(reciprocal.inputs[0], "Sqrt")
+    added = None if root is None else _made_by(root.inputs[0], "Add")
+    for epsilon, mean in _either_way(added, "Add"):
+        number, node = _number(epsilon), _made_by(mean, "ReduceMean")
+        if number is None or node is None or x.shape is None or not _is_over_last_axis(node, x.shape.rank()):
+            continue
+        power = _made_by(node.inputs[0], "Pow")
+        if power is not None and power.inputs[0] is x and _number(power.inputs[1]) == 2:
+            return number
+    return None
+
+
+def _is_over_last_axis(node: onnx_ir.Node, rank: int) -> bool:
+    """Whether a ReduceMean takes rows of a value of this rank, and keeps the axis."""
+    keeps, given = node.attributes.get("keepdims"), node.attributes.get("axes")
+    if keeps is not None and keeps.as_int() != 1:
+        return False
+    axes = None if given is None else list(given.as_ints())
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        held = convenience.get_const_tensor(node.inputs[1])
+        axes = None if held is None else held.numpy().reshape(-1).tolist()
+    return axes in ([-1], [rank - 1])
+
+
+def _is_sum_of_two(node: onnx_ir.Node) -> bool:
+    """Whether it adds values that are both computed; their sizes may be known only when kernels are made."""
+    values = [v for v in node.inputs if v is not None and v.shape is not None and not _is_constant(v)]
+    total = node.outputs[0]
+    is_sum = node.op_type == "Add" and not node.domain and not total.is_graph_output()
+    return (
+        is_sum
+        and total.dtype == onnx_ir.DataType.FLOAT
+        and len(values) == 2
+        and len({len(v.shape or ()) for v in values}) == 1
+    )
+
+
+def _either_way(node: onnx_ir.Node | None, kind: str) -> Iterator[tuple[onnx_ir.Value, onnx_ir.Value]]:
+    """The operands of a node of two, in both orders."""
+    if node is None or node.op_type != kind or node.domain:
+        return
+    a, b = node.inputs
+    if a is not None and b is not None:
+        yield a, b
+        yield b, a
+
+
+def _made_by(value: onnx_ir.Value | None, kind: str) -> onnx_ir.Node | None:
+    """The node of this kind that makes a value for nobody but its one reader."""
+    if value is None or value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    node = value.producer()
+    return node if node is not None and not node.domain and node.op_type == kind else None
+
+
+def _behind(last: onnx_ir.Node, x: onnx_ir.Value) -> list[onnx_ir.Node]:
+    """The nodes between x and the last, which only they read; the last first."""
+    found, waiting = [], [last]
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        inputs = (v for v in node.inputs if v is not None and v is not x and not _is_constant(v))
+        waiting += [maker for v in inputs if (maker := v.producer()) is not None]
+    return found
+
+
+def _is_constant(value: onnx_ir.Value) -> bool:
+    return convenience.get_const_tensor(value) is not None
+
+
+def _number(value: onnx_ir.Value | None) -> float | None:
+    """The one number of a constant."""
+    held = None if value is None else convenience.get_const_tensor(value)
+    return float(held.numpy().reshape(())) if held is not None and held.size == 1 else None
+
+
+def _renamed(value: onnx_ir.Value) -> onnx_ir.Value:
+    """A value to stand for another, by its name."""
+    return onnx_ir.Value(name=value.name, shape=value.shape, type=value.type)
+
+
+def _nothing(value: onnx_ir.Value, number: int) -> onnx_ir.Value:
+    """An output that nobody asks for."""
+    return onnx_ir.Value(name=f"{value.name}.unused{number}")
