@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,12 +35,9 @@ class Artefact:
         self._machine = _machine_of(folder / "model.so", manifest, constants, threads=threads, is_open=is_open)
         if manifest.prompt and isinstance(self._machine, _runtime.Processor):
             self._machine.add(_prompt.NAME)
-        self._names = [port.name for port in manifest.outputs]
-        # Inputs of one shape have their places for good: TVM takes longer to make a tensor than small models to run.
-        self._places: list[_Place] = []
+        self._fast: _Run = _nothing
         if not is_open and isinstance(self._machine, _runtime.Processor):
-            self._places = [_Place.of(port) for port in manifest.inputs]
-            self._tensors = [self._machine.tensor(place.memory) for place in self._places]
+            self._fast = _fixed(self._machine, manifest)
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -59,7 +56,12 @@ class Artefact:
             DataError: an input is missing, unknown, or has another shape or type.
         """
         with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
-            return dict(zip(self._names, self._machine.run(self._placed(inputs)), strict=True))
+            found = self._fast(inputs)
+            if found is not None:
+                return found
+            arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
+            results = self._machine.run([self._machine.place(array) for array in arrays])
+            return {port.name: result for port, result in zip(self.manifest.outputs, results, strict=True)}
 
     def stream(self) -> Stream:
         """The steps of a new sequence, for a model with states."""
@@ -88,41 +90,37 @@ class Artefact:
         with self._lock:
             return self._machine.call(tensors, second=True)
 
-    def _placed(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
-        """The inputs as tensors of the machine, copied to where kernels may load whole vectors.
 
-        Every step of Python costs some microseconds behind kernels that have emptied the caches: inputs that fit at
-        first sight are not looked at again.
-        """
-        if not self._places:
-            arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
-            return [self._machine.place(array) for array in arrays]
-        if len(inputs) == len(self._places):
-            for name, memory, shape, dtype in self._places:
-                array = inputs.get(name)
-                if type(array) is not np.ndarray or array.shape != shape or array.dtype is not dtype:
-                    break
-                memory[...] = array
-            else:
-                return self._tensors
-        for place, array in zip(self._places, check_inputs(self.manifest.inputs, inputs), strict=True):
-            place.memory[...] = array
-        return self._tensors
+_Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray] | None]
 
 
-class _Place(NamedTuple):
-    """Where an input of one shape is copied to."""
+def _nothing(_: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The outputs for inputs of open sizes, of which nothing is known before."""
+    return None
 
-    name: str
-    memory: np.ndarray
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
 
-    @classmethod
-    def of(cls, port: Port) -> _Place:
-        """Memory for a port."""
-        memory = _runtime.aligned(port.shape, np.dtype(port.dtype))
-        return cls(port.name, memory, memory.shape, memory.dtype)
+def _fixed(machine: _runtime.Processor, manifest: Manifest) -> _Run:
+    """A function that gives the outputs for inputs of fixed sizes that fit at first sight; None for all others.
+
+    Behind kernels that have emptied the caches every step of Python waits for memory: looking up an attribute, or
+    calling a function more, takes as long there as some thousand multiplications. Inputs have their places for good.
+    """
+    memories = [_runtime.aligned(port.shape, np.dtype(port.dtype)) for port in manifest.inputs]
+    places = [(p.name, held, held.shape, held.dtype) for p, held in zip(manifest.inputs, memories, strict=True)]
+    run = machine.repeated(memories, [port.name for port in manifest.outputs])
+    count, kind = len(places), np.ndarray
+
+    def fast(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        if len(inputs) != count:
+            return None
+        for name, held, shape, dtype in places:
+            array = inputs.get(name)
+            if type(array) is not kind or array.shape != shape or array.dtype is not dtype:
+                return None
+            held[...] = array
+        return run()
+
+    return fast
 
 
 def _machine_of(
