@@ -192,7 +192,10 @@ def cores() -> int:
 
 def _machine(cpu: str, features: Sequence[str], threads: int) -> Machine:
     wide = "avx512f" in features
-    # The smallest caches sold with the level: a tile that fits here fits everywhere.
+    # The smallest caches sold with the level: a tile that fits here fits everywhere. A table by family was tried: with
+    # Sapphire Rapids' 48 KiB and 2 MiB on such a one, 26 of 346 kernels of two ResNets, MobileNetV2, PP-OCR and
+    # EfficientNet-lite0 come out otherwise; of those that take 5 µs or more none is 2 % faster when warm, and 3x3
+    # convolutions of 512 channels are 5 % slower without their blocks.
     return Machine(
         kind="x86",
         cpu=cpu,
