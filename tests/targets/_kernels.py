@@ -28,7 +28,7 @@ from tests import _qemu
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 RNG_SCALE = 0.3
-# What `check` builds for unless it is told; tests of another processor set it.
+# What `check` builds for unless it is told of another than this one; tests of another processor set it.
 CPU = "native"
 
 
@@ -124,7 +124,7 @@ def check(
     text: str,
     weights: Arrays | None = None,
     *,
-    cpu: str = "",
+    cpu: str = "native",
     quiet: bool = True,
     sizes: Iterable[Mapping[str, int]] = ({},),
     threads: int = 1,
@@ -134,7 +134,7 @@ def check(
     One build runs with all `sizes` of the open dimensions.
     """
     proto = model(text, weights)
-    with running(proto, dataclasses.replace(machine(cpu or CPU), threads=threads)) as (run, notes):
+    with running(proto, dataclasses.replace(machine(CPU if cpu == "native" else cpu), threads=threads)) as (run, notes):
         for size in sizes:
             compare(proto, run, feeds(proto, size))
     if quiet:
