@@ -135,8 +135,8 @@ class Dense(Nest):
 
     def _splits_panels(self, threads: int) -> bool:
         """Whether each thread reads a part of the weight and all of the input, rather than the other way round."""
-        evenness = max(_split.evenness(n, threads) for n in (self.rows, self.width))
-        return self.bytes > self.machine.l1 and (self.bytes > self.input_bytes or evenness < _split.EVEN)
+        others = math.prod(self.leading)
+        return self.bytes > self.machine.l1 and not _split.by_positions(self.rows, self.width, others, threads)
 
     def _each_region(self, share: Expr, threads: int, write: Callable[[_Region], None]) -> None:
         """Write a thread's share of positions: rows or columns, whichever come out more even; they differ by one."""

@@ -12,6 +12,10 @@ _WORTH = 8000
 # Work of one kind in a nanosecond: multiply-adds of register tiles, of channelwise windows and of weights that are read
 # for one product only; elements that are moved.
 SUMS, TAPS, WEIGHTS, ELEMENTS = 80, 30, 30, 4
+# Bytes in a nanosecond that one core reads of what lies beyond its caches (measured of blocks of 256 MiB), and the
+# multiply-adds that it does meanwhile with a float32.
+_READ = 15
+_USES = SUMS * 4 / _READ
 # A share may be so much larger than the mean of all.
 EVEN = 0.94
 
@@ -24,6 +28,17 @@ def threads(nanoseconds: float, machine: Machine) -> int:
 def evenness(length: int, shares: int) -> float:
     """The mean share of `length` pieces to the largest one."""
     return length / (-(-length // shares) * shares) if length else 1.0
+
+
+def by_positions(rows: int, width: int, others: int, shares: int) -> bool:
+    """Whether threads divide the positions of a product, all reading its large weight, and not the weight's columns.
+
+    Columns would leave half of the input, and of what the next kernel reads, in the caches of the other cores, whence
+    it comes at a tenth of the speed of a core's own. Weights are in none, and come while others are multiplied, as
+    long as a thread has positions enough to use each of them for; `rows` or `width` are what is divided.
+    """
+    even = max(evenness(rows, shares), evenness(width, shares)) >= EVEN
+    return even and rows * width * others >= _USES * shares
 
 
 def depth(extents: Sequence[int], shares: int) -> int:

@@ -97,10 +97,21 @@ def test_threads_share_every_convolution(name, threads, monkeypatch):
     check(*_conv_text(CASES[name], "y = Relu(c)"), threads=threads)
 
 
+@pytest.mark.parametrize("uses", sampled([0, 1000], [1000]))
 @pytest.mark.parametrize("name", sampled(["point, blocks of the weight", "depthwise"], ["depthwise"]))
-def test_threads_share_a_small_convolution(name, monkeypatch):
+def test_threads_share_a_small_convolution(name, uses, monkeypatch):
     monkeypatch.setattr(_split, "_WORTH", 0)
+    monkeypatch.setattr(_split, "_USES", uses)
     check(*_conv_text(CASES[name], "y = Relu(c)"), threads=2)
+
+
+def test_threads_divide_positions_where_each_weight_serves_for_many():
+    assert _split.by_positions(1, 64, 1, 2)
+    assert not _split.by_positions(1, 32, 1, 2)  # 16 uses of a weight take less time than reading the next one
+    assert _split.by_positions(1, 32, 4, 2)
+    assert not _split.by_positions(7, 7, 1, 2)  # one thread would have 4 rows, the other 3
+    assert _split.by_positions(1, 49, 1, 2)
+    assert not _split.by_positions(1, 1, 100, 2)
 
 
 def test_shares_of_threads_are_even():
