@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tvm import tirx
+import numpy as np
+from tvm import te, tirx
 
 # An integer, or an expression of a package without types.
 Dim = Any
@@ -207,3 +208,19 @@ def _expression(polynomial: _Polynomial) -> Dim:
         term = count if term is None else (term if count == 1 else term * count)
         total = term if total is None else total + term
     return 0 if total is None else dim(total)
+
+
+def written(extents: np.ndarray, kind: str) -> te.Tensor:
+    """The extents as a tensor, for what computes with them at run time."""
+    flat = extents.reshape(-1)
+
+    def element(*i: Any) -> Any:
+        at: Any = 0
+        for k, extent in zip(i, extents.shape, strict=True):
+            at = at * extent + k
+        value = zero = tirx.const(0, "int64")
+        for k, extent in enumerate(flat):
+            value = tirx.Select(at >= k, zero + extent, value)
+        return value.astype(kind)
+
+    return te.compute(extents.shape, element, name="sizes")

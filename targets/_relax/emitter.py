@@ -95,6 +95,7 @@ class Emitter:
         self.limits: dict[str, int] = {}  # the largest sizes that the model takes
         self.states: Mapping[str, str] = {}  # outputs that may be written in place of inputs
         self.choices = Choices()  # of tiles
+        self.ahead: dict[onnx_ir.Value, tuple[str, ...]] = {}  # outputs of later nodes that a handler set: its kernels
         self._held: dict[onnx_ir.Value, _Held] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}
 
@@ -260,6 +261,15 @@ class Emitter:
         else:
             self._held[value] = _Held(tuple(shape[k] for k in to_plain(len(shape))), nhwc=expr)
 
+    def set_ahead(self, value: onnx_ir.Value, expr: relax.Expr) -> None:
+        """State what computes the output of a node that is still to come; nobody emits that node then."""
+        self.set(value, expr)
+        self.ahead[value] = tuple(self.emitted)
+
+    def is_set(self, value: onnx_ir.Value) -> bool:
+        """Whether it is known what computes a value."""
+        return self._find(value) is not None
+
     def set_constant(self, value: onnx_ir.Value, array: np.ndarray) -> None:
         """State that a value is known while building."""
         self._held[value] = _Held(tuple(array.shape), array=array)
@@ -313,7 +323,7 @@ class Emitter:
         if held.make is not None:
             return held.make()
         if held.sizes is not None:
-            return self.te(functools.partial(_written, held.sizes, str(held.kind)), name="sizes")
+            return self.te(functools.partial(dims.written, held.sizes, str(held.kind)), name="sizes")
         assert held.nhwc is not None
         return self._transpose(held.nhwc, to_plain(len(held.shape)))
 
@@ -374,22 +384,6 @@ def reshaped(x: te.Tensor, shape: Sequence[Dim]) -> te.Tensor:
         return x(*i[:kept], *reversed(index))
 
     return te.compute(tuple(shape), element, name="reshape")
-
-
-def _written(extents: np.ndarray, kind: str) -> te.Tensor:
-    """The extents as a tensor, for what computes with them at run time."""
-    flat = extents.reshape(-1)
-
-    def element(*i: Any) -> Any:
-        at: Any = 0
-        for k, extent in zip(i, extents.shape, strict=True):
-            at = at * extent + k
-        value = zero = tirx.const(0, "int64")
-        for k, extent in enumerate(flat):
-            value = tirx.Select(at >= k, zero + extent, value)
-        return value.astype(kind)
-
-    return te.compute(extents.shape, element, name="sizes")
 
 
 def _free(function: Any, names: Mapping[str, tirx.Var]) -> list[tirx.Var]:

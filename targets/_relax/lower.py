@@ -116,6 +116,9 @@ def _is_family(handler: Handler | None) -> bool:
 
 
 def _emit(emitter: Emitter, node: onnx_ir.Node, table: dict[tuple[str, str], Handler]) -> None:
+    if node.outputs and node.outputs[0] in emitter.ahead:
+        emitter.emitted.extend(emitter.ahead[node.outputs[0]])
+        return
     if _fold(emitter, node) or (emitter.names and extents.fold(emitter, node)):
         return
     handler = table.get((node.domain, node.op_type))

@@ -18,7 +18,7 @@ from tvm import relax, te, tirx
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _choice, _tile, _weights, lookup_gemv, outlier_product
+from mc_opt.targets.kernels import _choice, _tile, _weights, joint_product, lookup_gemv, outlier_product
 from mc_opt.targets.kernels._tile import Tile
 from mc_opt.targets.kernels._window import Axis, Sliding
 from mc_opt.targets.kernels.conv import fusable
@@ -217,7 +217,8 @@ def matmul(e: Emitter, node: onnx_ir.Node) -> None:
         outliers = outlier_product.outliers_of(e, right, dims.product(rows[:-1]))
         right = right if outliers is None else outliers.weight
     if len(shape_b) == 2 and lookup_gemv.takes(e, dims.product(rows[:-1]), right):
-        y = lookup_gemv.product(e, a, right, None)
+        y = None if outliers is not None else joint_product.product(e, node, a)
+        y = lookup_gemv.product(e, a, right, None) if y is None else y
     if y is None:
         shape, tile = _chosen(e, a, right, columns)
         y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns, shape=shape)

@@ -95,17 +95,17 @@ def product(
         return None
     total = None
     for lookup in terms:
-        result = _product(e, a, lookup, bias if total is None else None, transposed=transposed)
+        result = with_packed(e, a, lookup, bias if total is None else None, transposed=transposed)
         if result is None:
             return None
         total = result if total is None else _decode.added(e, total, result)
     return total
 
 
-def _product(
-    e: Emitter, a: relax.Expr, lookup: LookupWeight, bias: relax.Expr | None, *, transposed: bool
+def with_packed(
+    e: Emitter, a: relax.Expr, lookup: LookupWeight, bias: relax.Expr | None, *, transposed: bool = False
 ) -> relax.Expr | None:
-    """The product with one packed weight."""
+    """`product` with one packed weight, for a in float32."""
     shape = [int(s) for s in a.ty.shape]
     n = lookup.shape[0 if transposed else 1]
     rows = math.prod(shape[:-1])

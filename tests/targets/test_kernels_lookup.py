@@ -97,6 +97,36 @@ def test_a_convolution_with_two_terms_and_a_sum_that_is_an_output():
     check(f"g (float[1,4,8,8] x) => ({outputs}) {{ {node} y = Conv(x, w) }}", weights)
 
 
+def several(*parts):
+    """Products of x [2, 64] with packed weights of so many columns each, and what they hold."""
+    lines, weights = [], {}
+    for k, (columns, form) in enumerate(parts):
+        node, held = packed((64, columns), (1,), 4, **form)
+        for name, array in held.items():
+            node = node.replace(name, f"{name}{k}", 1)
+            weights[f"{name}{k}"] = steps(4) if name == "book" else array
+        lines.append(f"{node.replace('w =', f'w{k} =')} y{k} = MatMul(x, w{k})")
+    outputs = ", ".join(f"float[2,{columns}] y{k}" for k, (columns, _) in enumerate(parts))
+    return f"g (float[2,64] x) => ({outputs}) {{ {' '.join(lines)} }}", weights
+
+
+@pytest.mark.parametrize("cpu", PROCESSORS)
+@pytest.mark.slow
+@pytest.mark.ci
+def test_products_of_one_input_are_one_where_their_weights_are_alike(cpu):
+    grouped, whole = {"group": 32, "scale": "groups"}, {"scale": "rows"}
+    text, weights = several((24, grouped), (50, whole), (7, grouped), (90, whole), (33, grouped), (9, whole))
+    weights["book5"] = -steps(4)
+    check(text, weights, cpu=cpu)
+    lowered = lower.lower(onnx_ir.from_proto(model(text, weights)), machine(cpu), lambda *_: None)
+    assert sorted(k for k in lowered.kernels if k.startswith("one product")) == [
+        "one product: y0, y2, y4",
+        "one product: y1, y3",
+    ]
+    assert sum(kernel.startswith("lookup product: ") for kernel in lowered.kernels) == 3
+    assert "MatMul by lookup_gemv, columns: y0, y1, y2, y3, y4" in lowered.kernels
+
+
 def test_a_gemm_of_some_rows_adds_its_bias():
     node, weights = packed((50, 67), (0,), 4)
     check(
