@@ -56,7 +56,7 @@ def test_attention_of_other_heads(name, cpu):
 @pytest.mark.ci
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_of_any_length(threads):
-    check(_text(1, 6, "t", 64, 2, 40), sizes=[{"t": t} for t in (1, 3, 7)], threads=threads)
+    check(_text(1, 6, "t", 24, 2, 40), sizes=[{"t": t} for t in (1, 3, 7)], threads=threads)
 
 
 def test_scatter_nd_of_any_length():
