@@ -243,10 +243,14 @@ def tiled(e: Emitter, weight: LookupWeight, pack: Pack) -> relax.Expr | None:
     tiles = arrange(weight, pack, e.machine)
     if tiles is None:
         return None
-    arrays = [a for a in (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group) if a is not None]
+    arrays = arrays_of(tiles)
     if e.machine.kind == "cuda":
         e.note_kernel(f"decode in its consumer: {tiles.bits} bits, {'x'.join(map(str, weight.shape))}")
-        return e.moved(functools.partial(_dense, tiles), *[e.weight(a) for a in arrays], name="decode")
+
+        def dense(*tensors: te.Tensor) -> te.Tensor:
+            return te.compute(tiles.shape, element_of(tiles, tensors), name="decode")
+
+        return e.moved(dense, *[e.weight(a) for a in arrays], name="decode")
     arguments = [(a.shape, str(a.dtype)) for a in arrays]
     body = functools.partial(_decode_body, tiles, e.machine)
     function = _loops.kernel([*arguments, (tiles.shape, "float32")], body)
@@ -254,13 +258,19 @@ def tiled(e: Emitter, weight: LookupWeight, pack: Pack) -> relax.Expr | None:
     return e.call(function, [e.weight(a) for a in arrays], [(tiles.shape, "float32")], name="decode")[0]
 
 
-def _dense(tiles: Tiles, words: te.Tensor, codebook: te.Tensor, *rest: te.Tensor) -> te.Tensor:
-    """The weight [t, *inner, c], each element an expression of its own; lanes are 1."""
-    extra = list(rest)
+def arrays_of(tiles: Tiles) -> list[np.ndarray]:
+    """The arrays that a kernel is given, in order."""
+    found = (tiles.words, tiles.codebook, tiles.scale, tiles.offset, tiles.group)
+    return [a for a in found if a is not None]
+
+
+def element_of(tiles: Tiles, tensors: Sequence[te.Tensor]) -> Callable[..., Expr]:
+    """An element of the weight [t, *inner, c] as an expression of its own, given the tensors of `arrays_of`."""
+    words, codebook, *extra = tensors
     scale = extra.pop(0) if tiles.scale is not None else None
     offset = extra.pop(0) if tiles.offset is not None else None
     group = extra.pop(0) if tiles.group is not None else None
-    groups = 1 if tiles.group is None else int(tiles.group.max()) + 1
+    form = tiles.form
 
     def element(t: Expr, *i: Expr) -> Expr:
         *inner, c = i
@@ -268,15 +278,19 @@ def _dense(tiles: Tiles, words: te.Tensor, codebook: te.Tensor, *rest: te.Tensor
         for position, extent in zip(inner, tiles.shape[1:-1], strict=True):
             k = k * extent + position
         g = tirx.const(0, "int32") if group is None else group(k)
-        code = (words(t, c, k // tiles.per, 0) >> (k % tiles.per * tiles.bits)) & tirx.const((1 << tiles.bits) - 1)
+        word = words(t, c // tiles.lanes, k // tiles.per, c % tiles.lanes)
+        code = (word >> (k % tiles.per * tiles.bits)) & tirx.const((1 << tiles.bits) - 1)
         if tiles.entries:
-            code = ((t * tiles.shape[-1] + c) * groups + g) * tiles.entries + code
-        value = codebook(code)
+            code = ((t * form.columns + c) * form.groups + g) * tiles.entries + code
+        if form.is_even:
+            value = code.astype("float32") - codebook(0)
+        else:
+            value = _tbl.entry(codebook, code) if str(codebook.dtype) == "int8" else codebook(code)
         if scale is not None:
             value = value * scale(t, g, c)
         return value if offset is None else value + offset(t, g, c)
 
-    return te.compute(tiles.shape, element, name="decode")
+    return element
 
 
 def _decode_body(tiles: Tiles, machine: Machine, words: Buffer, codebook: Buffer, *rest: Buffer) -> None:

@@ -11,6 +11,7 @@ Expr = Any
 
 _BINARY = {"Add", "Sub", "Mul", "Div", "Mod", "FloorDiv", "FloorMod", "Min", "Max"}
 _BINARY |= {"EQ", "NE", "LT", "LE", "GT", "GE", "And", "Or"}
+_BINARY |= {"BitwiseAnd", "BitwiseOr", "BitwiseXor", "LShift", "RShift"}
 _LEAVES = {"Var", "SizeVar", "IntImm", "FloatImm", "StringImm"}
 
 

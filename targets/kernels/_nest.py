@@ -192,11 +192,19 @@ class Nest:
         with self.unrolled(count, lanes) as (k, lane):
             T.buffer_store(acc, self.sums.start, [k * lanes + lane])
 
-    def add(self, acc: Any, at: Expr, kept: Sequence[Expr | int], steps: Sequence[Expr | int]) -> None:
-        """Add the term of one step to the sum at `at`."""
+    def add(
+        self,
+        acc: Any,
+        at: Expr,
+        kept: Sequence[Expr | int],
+        steps: Sequence[Expr | int],
+        other: tuple[Any, Expr] | None = None,
+    ) -> None:
+        """Add the term of one step to the sum at `at`; `other` stands for what the term reads of a buffer."""
         axes = [*self.sums.kept, *self.sums.steps]
         where = {v: self.index(x) for v, x in zip(axes, [*kept, *steps], strict=True)}
-        T.buffer_store(acc, self.sums.combine(acc[at], rebuilt(self.sums.term, where)), [at])
+        term = rebuilt(self.sums.term, where, lambda x: other[1] if other and reads(x, other[0]) else None)
+        T.buffer_store(acc, self.sums.combine(acc[at], term), [at])
 
     def finish(self, acc: Any, at: Expr, kept: Sequence[Expr | int]) -> None:
         """Let the consumer store what it makes of the sum at `at`."""

@@ -15,7 +15,7 @@ from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _prefetch, _sliding, _split, _window
+from mc_opt.targets.kernels import _packed, _prefetch, _sliding, _split, _window
 from mc_opt.targets.kernels._loops import SCHEDULED
 
 # Reductions of a depthwise kernel up to this many steps are written out; of others up to so many multiply-adds of
@@ -112,11 +112,13 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
 
 def _sliding_window(state: Any, machine: Machine) -> tuple[Any, str]:
     """A convolution or pooling and its consumer, loop by loop; the general rule where it is more than that."""
-    first, *rest = (state.get(b) for b in blocks(state))
+    found = [state.get(b) for b in blocks(state)]
+    stage = next((block for block in found if _packed.is_stage(block)), None)
+    first, *rest = [block for block in found if not _packed.is_stage(block)]
     try:
         if len(rest) > 1 or not _window.read(first.annotations):
             raise ValueError(f"{len(rest) + 1} blocks")
-        return _sliding.written(state.mod["main"], first, rest[0] if rest else None, machine), ""
+        return _sliding.written(state.mod["main"], first, rest[0] if rest else None, machine, stage=stage), ""
     except ValueError as error:
         _general(state, machine)
         return state.mod["main"], f"no register tile: {error}"
@@ -169,6 +171,8 @@ def _inline(state: Any) -> None:
         changed = False
         for block in blocks(state):
             if _REDUCE in _kinds(state, block) or _tile(state, block) or not state.get_consumers(block):
+                continue
+            if _packed.is_stage(state.get(block)):
                 continue
             if any(_tile(state, c) for c in state.get_consumers(block)):
                 continue

@@ -21,6 +21,7 @@ from mc_opt.targets._relax import dims
 from mc_opt.targets.kernels import _loops, _split, _window
 from mc_opt.targets.kernels._expressions import Expr
 from mc_opt.targets.kernels._nest import Nest, read_sums
+from mc_opt.targets.kernels._packed import Decoder
 from mc_opt.targets.kernels._sliding_dense import Dense
 from mc_opt.targets.kernels._sliding_spread import Spread
 
@@ -28,15 +29,21 @@ from mc_opt.targets.kernels._sliding_spread import Spread
 _UNROLLED_TAPS = 32
 
 
-def written(function: Any, block: Any, consumer: Any | None, machine: Machine) -> Any:
-    """The kernel of a block of sums and its only consumer, loop by loop; ValueError where they do not fit."""
+def written(function: Any, block: Any, consumer: Any | None, machine: Machine, *, stage: Any | None = None) -> Any:
+    """The kernel of a block of sums and its only consumer, loop by loop; ValueError where they do not fit.
+
+    `stage` is the block that decodes its weight, where that is packed.
+    """
     window = _window.read(block.annotations)
     assert window is not None
     sums = read_sums(block, consumer)
-    kind = Channelwise if window.channelwise else Spread if window.behind > 1 else Dense
-    nest = kind(sums, window, machine)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
-        nest.write()
+        if window.channelwise:
+            Channelwise(sums, window, machine).write()
+        elif window.behind > 1:
+            Spread(sums, window, machine).write()
+        else:
+            Dense(sums, window, machine, None if stage is None else Decoder(stage, machine)).write()
     return function.with_body(builder.get().body)
 
 

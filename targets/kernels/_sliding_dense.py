@@ -1,8 +1,12 @@
-"""The loops of a convolution whose outputs read many input channels: tiles of positions by output channels."""
+"""The loops of a convolution whose outputs read many input channels: tiles of positions by output channels.
+
+A weight in codes is decoded a panel at a time, or a block of one, into memory that all positions of a thread's share
+read from the caches: once for all of them, and never the whole of it where it is large.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,8 +19,10 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets.kernels import _loops, _split, _tile
+from mc_opt.targets.kernels._dense_parts import Block, Panel, Region
 from mc_opt.targets.kernels._expressions import Expr, is_load, walk
 from mc_opt.targets.kernels._nest import Nest, Registers, Span, Sums, spans
+from mc_opt.targets.kernels._packed import Decoder
 from mc_opt.targets.kernels._window import Sliding
 
 # Channels that a block of the weight has at least: its sums are read and written once a block.
@@ -25,49 +31,12 @@ _SHORTEST_BLOCK = 32
 _MOST_PASSES = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class _Region:
-    """Positions of an image: `rows` by `width` from a corner on."""
-
-    row: Expr | int
-    rows: int
-    column: Expr | int
-    width: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Panel:
-    """A tile of columns of the weight: its vectors, its number, and how many of its columns are channels."""
-
-    held: int
-    number: Expr
-    valid: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Steps that are multiplied at once: all of them, or of one tap the channels from `first` on.
-
-    Attributes:
-        taps: the taps of the kernel; empty for all of them.
-        first: the first channel.
-        channels: how many.
-        memory: where sums stay between blocks; None where there is one block only.
-        is_last: whether sums end here.
-    """
-
-    taps: Sequence[Expr]
-    first: Expr | int
-    channels: int
-    memory: Any = None
-    is_last: Expr | bool = True
-
-
 class Dense(Nest):
     """A convolution: panels of the packed weight outside when the weight is large, positions outside when it is not."""
 
-    def __init__(self, sums: Sums, window: Sliding, machine: Machine) -> None:
+    def __init__(self, sums: Sums, window: Sliding, machine: Machine, decoder: Decoder | None = None) -> None:
         super().__init__(sums, window, machine)
+        self.decoder = decoder
         rank, position = len(window.axes), sums.kept[-2]
         loads = [x for x in walk(sums.term) if is_load(x)]
         moves = [any(x.same_as(position) for i in load.indices for x in walk(i)) for load in loads]
@@ -80,6 +49,7 @@ class Dense(Nest):
         item = np.dtype(self.dtype).itemsize
         self.row_bytes = window.columns * item  # of one step of a panel
         self.bytes = math.prod(int(s) for s in self.weight.shape) * item
+        self.steps = math.prod(self.taps) * sums.inputs
         image = self.source.shape[1:] if len(self.source.shape) > 2 else self.source.shape
         self.input_bytes = math.prod(dims.nominal(dims.dim(s)) for s in image) * item
         self.groups = self._groups()
@@ -113,7 +83,7 @@ class Dense(Nest):
         """The whole, or a share of it for each thread: of images, of panels of the weight, or of positions."""
         work = math.prod(dims.nominal(n) for n in [*self.sums.extents, *self.taps, self.sums.inputs])
         threads = _split.threads(work / _split.SUMS, self.machine)
-        everywhere = _Region(0, self.rows, 0, self.width)
+        everywhere = Region(0, self.rows, 0, self.width)
         if threads == 1:
             self._panels(0, self.images, everywhere, [(group, 0, group.count) for group in self.groups])
             return
@@ -138,13 +108,13 @@ class Dense(Nest):
         others = math.prod(self.leading)
         return self.bytes > self.machine.l1 and not _split.by_positions(self.rows, self.width, others, threads)
 
-    def _each_region(self, share: Expr, threads: int, write: Callable[[_Region], None]) -> None:
+    def _each_region(self, share: Expr, threads: int, write: Callable[[Region], None]) -> None:
         """Write a thread's share of positions: rows or columns, whichever come out more even; they differ by one."""
         is_by_rows = _split.evenness(self.rows, threads) >= _split.evenness(self.width, threads)
         size, longer = divmod(self.rows if is_by_rows else self.width, threads)
 
-        def region(first: Expr, length: int) -> _Region:
-            return _Region(first, length, 0, self.width) if is_by_rows else _Region(0, self.rows, first, length)
+        def region(first: Expr, length: int) -> Region:
+            return Region(first, length, 0, self.width) if is_by_rows else Region(0, self.rows, first, length)
 
         if not longer:
             write(region(share * size, size))
@@ -159,37 +129,61 @@ class Dense(Nest):
                     T.evaluate(0)
 
     def _panels(
-        self, image: Expr | int, images: Any, region: _Region, panels: Sequence[tuple[Span, Expr | int, int]]
+        self, image: Expr | int, images: Any, region: Region, panels: Sequence[tuple[Span, Expr | int, int]]
     ) -> None:
         """Some panels of the weight over a region of some images.
 
         Panels outside | images | blocks of the weight | tiles of positions; a small weight inside the positions.
         """
         if self.bytes <= self.machine.l1:
-            rows, across = self._tiles(region, self.channels, self.window.columns)
-            with self.loops([images, *self.leading]) as (n, *leading):
-                at = [image + n, *leading]
-                for row in rows:
-                    with self.serial(row.count) as r:
-                        for span in across:
-                            with self.serial(span.count) as q:
-                                for group, first, count in panels:
-                                    with self.serial(count) as t:
-                                        panel = self._panel(group, first + t)
-                                        self._tile(at, region, (row, r), (span, q), panel, self._whole())
+            self._small(image, images, region, panels)
             return
         for group, first, count in panels:
             wide = group.size * self.window.vector
             rows, across = self._tiles(region, wide * group.count, wide)
             block = self._block_channels(region, rows, across)
-            with self.loops([count, images, *self.leading]) as (t, n, *leading):
-                at, panel = [image + n, *leading], self._panel(group, first + t)
-                if block:
-                    self._blocks(at, region, rows, across, panel, block)
-                else:
-                    self._positions(at, region, rows, across, panel, self._whole())
+            decoded = self._room(block or self.steps)
+            with self.loops([count]) as (t,):
+                panel = self._panel(group, first + t)
+                if not block:
+                    self._decode(decoded, 0, panel, 0, self.steps, unit=0)
+                with self.loops([images, *self.leading]) as (n, *leading):
+                    at = [image + n, *leading]
+                    if block:
+                        self._blocks(at, region, rows, across, panel, block, decoded)
+                    else:
+                        self._positions(at, region, rows, across, panel, self._whole(decoded))
 
-    def _tiles(self, region: _Region, channels: int, columns: int) -> tuple[list[Span], list[Span]]:
+    def _small(
+        self, image: Expr | int, images: Any, region: Region, panels: Sequence[tuple[Span, Expr | int, int]]
+    ) -> None:
+        """Some panels of a weight that the first-level cache holds, inside the positions."""
+        rows, across = self._tiles(region, self.channels, self.window.columns)
+        starts = list(itertools.accumulate((count * self.steps for _, _, count in panels), initial=0))
+        decoded = self._room(starts[-1])
+        for start, (group, first, count) in zip(starts, panels if self.decoder else [], strict=False):
+            with self.serial(count) as t:
+                self._decode(decoded, start + t * self.steps, self._panel(group, first + t), 0, self.steps, unit=0)
+        with self.loops([images, *self.leading]) as (n, *leading):
+            at = [image + n, *leading]
+            for row in rows:
+                with self.serial(row.count) as r:
+                    for span in across:
+                        with self.serial(span.count) as q:
+                            for start, (group, first, count) in zip(starts, panels, strict=False):
+                                with self.serial(count) as t:
+                                    part = self._whole(decoded, start + t * self.steps)
+                                    self._tile(at, region, (row, r), (span, q), self._panel(group, first + t), part)
+
+    def _room(self, steps: int) -> Any:
+        """Memory for so many decoded steps of a panel; None for a weight that is dense."""
+        return T.alloc_buffer((steps * self.window.columns,), self.dtype) if self.decoder else None
+
+    def _decode(self, decoded: Any, row: Expr | int, panel: Panel, first: Expr | int, count: int, *, unit: int) -> None:
+        if self.decoder is not None:
+            self.decoder.decode(decoded, row, panel.number, first, count, held=panel.held, unit=unit)
+
+    def _tiles(self, region: Region, channels: int, columns: int) -> tuple[list[Span], list[Span]]:
         """The rows and columns of a region in tiles."""
         high, wide = self.window.high, self.window.wide
         if not wide:
@@ -197,41 +191,50 @@ class Dense(Nest):
             high, wide = _tile.positions(region.rows, region.width, channels, tile, self.machine)
         return spans(region.rows, high), spans(region.width, wide)
 
-    def _panel(self, group: Span, number: Expr) -> _Panel:
+    def _panel(self, group: Span, number: Expr) -> Panel:
         valid = min(self.channels - group.start * self.window.columns, group.size * self.window.vector)
-        return _Panel(group.size, group.start + number, valid)
+        return Panel(group.size, group.start + number, valid)
 
-    def _whole(self) -> _Block:
-        return _Block((), 0, self.sums.inputs)
+    def _whole(self, decoded: Any, row: Expr | int = 0) -> Block:
+        return Block((), 0, self.sums.inputs, decoded=decoded, row=row)
 
-    def _block_channels(self, region: _Region, rows: Sequence[Span], along: Sequence[Span]) -> int:
+    def _block_channels(self, region: Region, rows: Sequence[Span], along: Sequence[Span]) -> int:
         """Channels of a block of a panel that stays in the first-level cache; 0 where one pass takes the panel.
 
         A panel is cut where it, the next one, which is fetched meanwhile, and the input do not fit in the
         second-level cache, while sums stay in a quarter of the first.
         """
         passes = sum(r.count for r in rows) * sum(s.count for s in along)
-        panel = math.prod(self.taps) * self.sums.inputs * self.row_bytes
+        panel = self.steps * self.row_bytes
         sums = region.rows * region.width * self.row_bytes
-        if passes < 2 or sums > self.machine.l1 // 4 or 2 * panel + self.input_bytes <= self.machine.l2:
+        room = self.machine.l1 // 2
+        if self.decoder is not None:
+            if panel <= self.machine.l2 // 2:
+                return 0
+            room = self.machine.l2 // 4
+        elif passes < 2 or sums > self.machine.l1 // 4 or 2 * panel + self.input_bytes <= self.machine.l2:
             return 0
-        most = self.machine.l1 // 2 // self.row_bytes
-        divisors = [d for d in range(1, min(most, self.sums.inputs) + 1) if self.sums.inputs % d == 0]
-        return divisors[-1] if divisors[-1] >= _SHORTEST_BLOCK else 0
+        most = min(room // self.row_bytes, self.sums.inputs)
+        divisors = [d for d in range(_SHORTEST_BLOCK, most + 1) if self.sums.inputs % d == 0]
+        whole = [d for d in divisors if self.decoder is None or d % self.decoder.per == 0]
+        return max(whole or divisors, default=0)
 
     def _blocks(
         self,
         at: Sequence[Expr],
-        region: _Region,
+        region: Region,
         rows: Sequence[Span],
         along: Sequence[Span],
-        panel: _Panel,
+        panel: Panel,
         block: int,
+        decoded: Any,
     ) -> None:
         """One panel block by block, the sums of all positions in memory between them."""
         vector, places = self.window.vector, region.rows * region.width * panel.held
         # Zeros from here on, not from the first block on: where it is touched is how long TVM keeps it.
-        memory = T.alloc_buffer((places * vector,), self.dtype, annotations={"disable_lower_builtin": True})
+        on_stack = region.rows * region.width * self.row_bytes <= self.machine.l1 // 4
+        kept = {"disable_lower_builtin": True} if on_stack else {}
+        memory = T.alloc_buffer((places * vector,), self.dtype, annotations=kept)
         with self.serial(places) as k, self.unrolled(vector) as (lane,):
             T.buffer_store(memory, self.sums.start, [k * vector + lane])
         blocks = self.sums.inputs // block
@@ -239,17 +242,18 @@ class Dense(Nest):
             taps = [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
             b = stack.enter_context(self.serial(blocks)) if blocks > 1 else self.index(0)
             last = [x == n - 1 for x, n in zip([*taps, b], [*self.taps, blocks], strict=True) if n > 1]
-            part = _Block(taps, b * block, block, memory, tirx.all(*last))
+            part = Block(taps, b * block, block, memory, tirx.all(*last), decoded)
+            self._decode(decoded, 0, panel, self._flat([*taps, 0]) + b * block, block, unit=block)
             self._positions(at, region, rows, along, panel, part)
 
     def _positions(
         self,
         at: Sequence[Expr],
-        region: _Region,
+        region: Region,
         rows: Sequence[Span],
         along: Sequence[Span],
-        panel: _Panel,
-        part: _Block,
+        panel: Panel,
+        part: Block,
     ) -> None:
         across = sum(s.count for s in along)
         passes = across * sum(r.count for r in rows)
@@ -268,11 +272,11 @@ class Dense(Nest):
     def _tile(
         self,
         at: Sequence[Expr],
-        region: _Region,
+        region: Region,
         row: tuple[Span, Expr],
         span: tuple[Span, Expr],
-        panel: _Panel,
-        part: _Block,
+        panel: Panel,
+        part: Block,
         ahead: tuple[Expr, int] | None = None,
     ) -> None:
         """One tile: begin or fetch its sums, add the block's steps, keep the sums or finish."""
@@ -316,13 +320,17 @@ class Dense(Nest):
         with ExitStack() as stack:
             taps = part.taps or [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
             c = stack.enter_context(self.serial(part.channels))
-            if ahead is not None:
+            if ahead is not None and self.decoder is None:
                 self._prefetch(panel, taps, part, ahead, c)
+            step = part.row + (self._flat([*taps, c]) if memory is None else c)
             for acc in sums:
                 with self.unrolled(acc.count, held, vector) as (k, v, lane):
                     channel = tile * self.window.columns + v * vector + lane
                     kept = self._kept(at, *where(acc.first + k), channel)
-                    self.add(acc.buffer, (k * held + v) * vector + lane, kept, [*taps, part.first + c])
+                    weight = None
+                    if part.decoded is not None:
+                        weight = self.weight, part.decoded[step * self.window.columns + v * vector + lane]
+                    self.add(acc.buffer, (k * held + v) * vector + lane, kept, [*taps, part.first + c], weight)
         if memory is None:
             finish_all()
         else:
@@ -332,6 +340,13 @@ class Dense(Nest):
                 with T.Else():
                     keep()
 
+    def _flat(self, steps: Sequence[Expr | int]) -> Expr | int:
+        """The number of a step, given its tap and channel."""
+        number: Expr | int = 0
+        for step, extent in zip(steps, [*self.taps, self.sums.inputs], strict=True):
+            number = number * extent + step
+        return number
+
     def _kept(self, at: Sequence[Expr], row: Expr, column: Expr, channel: Expr) -> list[Expr | int]:
         if len(self.sums.kept) == 2:
             return [column, channel]
@@ -339,7 +354,7 @@ class Dense(Nest):
             return [*at, column, channel]
         return [*at, 0 if self.flat else row, column, channel]
 
-    def _prefetch(self, panel: _Panel, taps: Sequence[Expr], part: _Block, ahead: tuple[Expr, int], c: Expr) -> None:
+    def _prefetch(self, panel: Panel, taps: Sequence[Expr], part: Block, ahead: tuple[Expr, int], c: Expr) -> None:
         """Fetch a part of the next block or panel: each pass over this one takes its share, evenly among the steps.
 
         Hardware looks ahead within a page of 4 KiB alone. An address beyond the last panel is no error.

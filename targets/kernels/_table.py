@@ -82,7 +82,7 @@ class Table:
 
     def __init__(self, form: Form, machine: Machine, codebook: Buffer, factors: Sequence[Buffer]) -> None:
         """factors: the buffers of scale, offset and group, of those that there are."""
-        self._form, self._codebook = form, codebook
+        self.form, self._codebook = form, codebook
         held = list(factors)
         self.scale = held.pop(0) if form.has_scale else None
         self.offset = held.pop(0) if form.has_offset else None
@@ -100,26 +100,26 @@ class Table:
 
     def scaled(self, value: Expr, t: Expr, v: Expr, g: Expr) -> Expr:
         """Entries of the codebook times the scales of group g, and its offsets added."""
-        lanes = self._form.lanes
+        lanes = self.form.lanes
         if self.scale is not None:
             value = value * _loops.load(self.scale, t, g, v * lanes, lanes=lanes)
         return value if self.offset is None else value + _loops.load(self.offset, t, g, v * lanes, lanes=lanes)
 
     def place(self, j: int) -> int:
         """The bit of a word that a permutation needs at the bottom of a lane to find code j."""
-        bits = self._form.bits
+        bits = self.form.bits
         return bits * j // 4 * 4 if self._in_fours else bits * j
 
     def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr, *, past: int = 0) -> Expr:
         """The codebook entries of code j of each lane of a word, of which the lowest `past` bits are gone already."""
-        bits, lanes = self._form.bits, self._form.lanes
+        bits, lanes = self.form.bits, self.form.lanes
         if self._tbl:
-            return _tbl.value(self._codebook, word, j, bits, is_short=self._form.is_short)
+            return _tbl.value(self._codebook, word, j, bits, is_short=self.form.is_short)
         shift = self.place(j) - past
         code = word if shift == 0 else T.shift_right(word, _loops.splat(shift, lanes, "int32"))
         if not self._registers:
             code = T.bitwise_and(code, _loops.splat((1 << bits) - 1, lanes, "int32"))
-            if self._form.is_even:
+            if self.form.is_even:
                 kind = "float32" if lanes == 1 else f"float32x{lanes}"
                 return tirx.Cast(kind, code) - _loops.splat(self._codebook[0], lanes)
             return self._gathered(code, t, v, g)
@@ -136,7 +136,7 @@ class Table:
 
     def _found(self, code: Expr) -> list[Expr]:
         """The entries for codes in each part of the codebook that one permutation takes."""
-        lanes = self._form.lanes
+        lanes = self.form.lanes
         parts = [_loops.load(self._codebook, r * lanes, lanes=lanes) for r in range(self._registers)]
         if not self._wide or len(parts) == 1:
             return [self._permuted(part, code) for part in parts]
@@ -155,10 +155,10 @@ class Table:
             held, where = _loops.splat(0.0, NARROW), tirx.address_of(self._codebook[0])
             size = tirx.const(4, "int8")
             return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.gather.d.ps.256", held, where, code, every, size)
-        if not self._form.entries:
+        if not self.form.entries:
             return self._codebook[code]
-        lanes, columns = self._form.lanes, self._form.columns
-        groups, entries = self._form.groups, self._form.entries
+        lanes, columns = self.form.lanes, self.form.columns
+        groups, entries = self.form.groups, self.form.entries
         first = ((t * columns + v * lanes) * groups + g) * entries
         starts = first if lanes == 1 else T.ramp(first, groups * entries, lanes)
         return self._codebook[starts + code]

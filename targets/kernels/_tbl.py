@@ -10,7 +10,7 @@ those of powers of two are.
 from __future__ import annotations
 
 import numpy as np
-from tvm import tirx
+from tvm import te, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets.kernels import _loops
@@ -38,6 +38,14 @@ def turn(j: int, bits: int) -> tuple[int, int]:
 def is_short(made: np.ndarray) -> bool:
     """Whether the lower two bytes of all entries are zero, given their tables."""
     return not made[: 2 * _ENTRIES].any()
+
+
+def entry(held: te.Tensor, code: Expr) -> Expr:
+    """The entry of one code: float32."""
+    low, *others = (held(p * _ENTRIES + code).astype("uint8").astype("uint32") for p in range(4))
+    for p, byte in enumerate(others, 1):
+        low = low | byte << tirx.const(8 * p, "uint32")
+    return tirx.reinterpret("float32", low)
 
 
 def value(held: Buffer, word: Expr, j: int, bits: int, *, is_short: bool) -> Expr:

@@ -124,7 +124,7 @@ def positions(rows: int, width: int, columns: int, tile: Tile, machine: Machine)
 
 def _positions(rows: int, width: int, vectors: int, held: int, machine: Machine) -> list[tuple[float, int, int, int]]:
     """Heights and widths by the estimated time of `choose`, the tail tiles by themselves: time, rank, height, width."""
-    limit = machine.registers - 4
+    limit = max(machine.registers - 4, held)  # the outputs of a group may be more, one by one where they are odd
     found = []
     for wide in range(1, min(width, limit // held) + 1):
         for high in range(1, min(rows, limit // (held * wide)) + 1):

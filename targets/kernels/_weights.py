@@ -34,9 +34,15 @@ def packed(e: Emitter, value: onnx_ir.Value, pack: Pack, *, told: bool = False) 
     parts = [_decode.tiled(e, lookup, pack) for lookup in _decode.terms(e, value)]
     if not parts or any(part is None for part in parts):
         return None
-    if e.machine.activations == "int8" and not told:
-        e.note_fallback(f"activations=int8: weight {value.name!r} is decoded and runs in float32: no matrix product")
+    if not told:
+        note_float32(e, value)
     return functools.reduce(functools.partial(_decode.added, e), parts)
+
+
+def note_float32(e: Emitter, value: onnx_ir.Value) -> None:
+    """Say in the report that 8-bit activations are not for a weight."""
+    if e.machine.activations == "int8":
+        e.note_fallback(f"activations=int8: weight {value.name!r} is decoded and runs in float32: no matrix product")
 
 
 def pad_to(array: np.ndarray, axis: int, multiple: int) -> np.ndarray:

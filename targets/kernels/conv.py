@@ -9,8 +9,7 @@ own, so that the planner owns its buffer; so are the repeated channels of a dept
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,10 @@ from tvm import relax, te, tirx
 
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _decode, _tile, _weights, _window
+from mc_opt.targets.kernels import _choice, _tile, _window
+from mc_opt.targets.kernels._conv_weight import Weight as Weight  # parts of what a convolution is asked for
+from mc_opt.targets.kernels._conv_weight import computed_weight as computed_weight
+from mc_opt.targets.kernels._conv_weight import constant_weight as constant_weight
 from mc_opt.targets.kernels._window import Sliding, axes_of, shape_of, tap
 from mc_opt.targets.kernels._window import Window as Window  # part of what a convolution is asked for
 
@@ -27,46 +29,6 @@ from mc_opt.targets.kernels._window import Window as Window  # part of what a co
 FUSABLE = {"op_pattern": 4}
 # Output channels of a group that are worth a tile of a block of threads.
 _MANY_COLUMNS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """A convolution's weight.
-
-    Attributes:
-        shape: (o, c / groups, *kernel).
-        packed: makes [o / columns, *kernel, c / groups, columns] for a number of columns.
-        is_constant: whether it is known while building, so that tiles can be measured with it.
-    """
-
-    shape: tuple[int, ...]
-    packed: Callable[[int], relax.Expr]
-    is_constant: bool = False
-
-
-def constant_weight(
-    e: Emitter, value: onnx_ir.Value, shape: Sequence[int], ordered: Callable[[np.ndarray], np.ndarray]
-) -> Weight | None:
-    """The weight that `ordered` makes of a constant or packed value; None when the model computes it, or its codes
-    do not allow the order.
-    """
-
-    def packed(columns: int) -> relax.Expr:
-        expr = _weights.packed(e, value, lambda array: _pack(ordered(array), columns=columns))
-        assert expr is not None  # `fits` said so
-        return expr
-
-    if e.constant(value) is None:
-        terms = _decode.terms(e, value)
-        if not terms or not all(_decode.fits(t, lambda array: _pack(ordered(array), columns=1)) for t in terms):
-            return None
-    return Weight(tuple(shape), packed, is_constant=True)
-
-
-def computed_weight(e: Emitter, weight: relax.Expr) -> Weight:
-    """A weight [o, c / groups, *kernel] that the model computes, packed at run time."""
-    shape = tuple(int(s) for s in weight.ty.shape)
-    return Weight(shape, lambda columns: e.moved(functools.partial(_pack_te, columns=columns), weight, name="pack"))
 
 
 def window(e: Emitter, node: onnx_ir.Node, kernel: Sequence[int], size: Sequence[int]) -> Window:
@@ -167,14 +129,18 @@ def convolution(
     called = ""
     if weight.is_constant:
         family = name if groups == 1 else f"{name} of {groups} groups"
+        family = f"lookup {family}" if weight.codes else family
         called = shape_of(family, dims.sizes(source), (shape[0], *positions, o), axes, str(x.ty.dtype))
+        called = f"{called}, {weight.stored}" if called and weight.codes else called
     tile = e.choices.pick(called, tiles)
-    packed = weight.packed(tile.columns)
     sliding = Sliding(tile.columns, tile.vector, False, axes, tile.high, tile.wide, called)
     if e.machine.kind == "cuda" and groups > 1 and group_columns >= _MANY_COLUMNS:
+        packed = weight.packed(tile.columns)
         return _batched(e, source, packed, _added(e, bias, shift), window=window, groups=groups, name=name)
+    codes = None if weight.codes is None else weight.codes(tile.columns)
 
-    def compute(a: te.Tensor, b: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+    def compute(a: te.Tensor, *given: te.Tensor) -> te.Tensor:
+        b, factor, rest = (given[0], None, given[1:]) if codes is None else codes.stage(given)
         tiles = int(b.shape[0])
         reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(window.kernel)]
         channel = te.reduce_axis((0, per_group), name="c")
@@ -188,9 +154,13 @@ def convolution(
 
         domain = (shape[0], *positions, tiles * tile.columns)
         total = te.compute(domain, element, name="mc_conv", attrs=sliding.annotation(e.machine))
-        return cut(total, (shape[0], *positions, o), *rest)
+        return cut(total, (shape[0], *positions, o), *rest, factor=factor)
 
-    return fusable(e, compute, source, packed, *_added(e, bias, shift), name=name)
+    operands = [weight.packed(tile.columns)] if codes is None else codes.arguments(e)
+    if codes is not None:
+        name = f"lookup_{name}"
+        e.note_kernel(f"{name}: {weight.stored}, {_choice.by(*weight.shape)}, {tile.columns} decoded at a time")
+    return fusable(e, compute, source, *operands, *_added(e, bias, shift), name=name)
 
 
 def _batched(
@@ -235,13 +205,15 @@ def _batched(
     return e.reshape(y, (n, *positions, o))
 
 
-def cut(total: te.Tensor, shape: Sequence[int], *added: te.Tensor) -> te.Tensor:
-    """The wanted part of whole tiles, plus a bias of the last axis, plus a shift of each position and group."""
-    if not added:
+def cut(total: te.Tensor, shape: Sequence[int], *added: te.Tensor, factor: te.Tensor | None = None) -> te.Tensor:
+    """The wanted part of whole tiles, times a factor of the last axis, plus a bias of it, plus a shift of each position
+    and group.
+    """
+    if not added and factor is None:
         return te.compute(tuple(shape), lambda *i: total(*i), name="mc_cut")
 
     def element(*i: Any) -> Any:
-        value = total(*i)
+        value = total(*i) if factor is None else total(*i) * factor(i[-1])
         for x in added:
             extents = dims.sizes(x)
             group = 0 if extents[-1] == 1 else i[-1] // (shape[-1] // extents[-1])
@@ -318,27 +290,6 @@ def _reach(shape: Sequence[int], w: Window, positions: Sequence[int]) -> list[in
 def _added(e: Emitter, bias: np.ndarray | relax.Expr | None, shift: relax.Expr | None) -> list[relax.Expr]:
     given = e.weight(bias) if isinstance(bias, np.ndarray) else bias
     return [x for x in (given, shift) if x is not None]
-
-
-def _pack(weight: np.ndarray, *, columns: int) -> np.ndarray:
-    """weight: [o, i, *kernel] -> [o / columns, *kernel, i, columns]."""
-    filled = _weights.pad_to(weight, 0, columns)
-    tiles = filled.reshape(-1, columns, *weight.shape[1:])
-    rank = weight.ndim - 2
-    return np.ascontiguousarray(tiles.transpose(0, *range(3, 3 + rank), 2, 1))
-
-
-def _pack_te(weight: te.Tensor, *, columns: int) -> te.Tensor:
-    """`_pack` for a weight that the model computes."""
-    o, i, *kernel = (int(s) for s in weight.shape)
-    tiles = -(-o // columns)
-
-    def element(t: Any, *rest: Any) -> Any:
-        *k, c, column = rest
-        row = t * columns + column
-        return tirx.if_then_else(row < o, weight(row, c, *k), tirx.const(0, weight.dtype))
-
-    return te.compute((tiles, *kernel, i, columns), element, name="pack")
 
 
 def conv(e: Emitter, node: onnx_ir.Node) -> None:

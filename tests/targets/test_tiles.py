@@ -46,6 +46,9 @@ CASES = {
         {"w": normal(100, 48), "b": normal(100)},
     ),
 }
+LOOKUP = packed((100, 16, 3, 3), (0,), 4, group=16, scale="groups")
+TEXT = f"g (float[1,16,9,13] x) => (float[1,100,7,11] y) {{ {LOOKUP[0]} c = Conv(x, w)  y = Relu(c) }}"
+CASES["lookup conv"] = (TEXT, LOOKUP[1])
 LOOKUP = packed((70, 100), (1,), 4, group=16, scale="groups")
 for ROWS in (3, 20):
     PRODUCT = f"g (float[{ROWS},70] x) => (float[{ROWS},100] y) {{ {LOOKUP[0]} y = MatMul(x, w) }}"
@@ -72,6 +75,9 @@ def test_what_a_shape_is_called():
         "depthwise 1x19x37x40 -> 1x19x37x40, kernel 5x5, before 2x2, float32"
     ]
     assert list(shapes(model(*CASES["product"]))) == ["product 21x48 -> 100, float32"]
+    assert list(shapes(model(*CASES["lookup conv"]))) == [
+        "lookup conv 1x9x13x16 -> 1x7x11x100, kernel 3x3, float32, 4 bits, groups of 16"
+    ]
     assert list(shapes(model(*CASES["lookup, 3 rows"]))) == ["lookup product 3x70 -> 100, 4 bits, groups of 16, scale"]
 
 
