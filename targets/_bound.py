@@ -1,11 +1,12 @@
-"""What the compiled main is given once, when it is loaded: its constants, and places for what it computes.
+"""What the compiled main is given beside its inputs: its constants, places for what it computes, and for its outputs.
 
 A run then makes hardly more calls than its kernels. The constants leave the library for a file of their own, so that a
-loader reads them to where it wants them, and holds them once; tensors of fixed sizes have their places in one
-workspace. The library's functions `constants` and `places` return rows of (type, shape, offset), which say what stands
-where in the file and in the workspace: main's last arguments, in this order. `outputs` returns such rows for the
-outputs, which a loader copies out of the workspace. Without rows main returns its outputs as tensors of their own: a
-state is the next run's input, and must not be where that run writes it; an open size has no place.
+loader reads them to where it wants them, and holds them once; tensors of fixed sizes that no caller gets to see have
+their places in one workspace. The library's functions `constants` and `places` return rows of (type, shape, offset),
+which say what stands where in the file and in the workspace: main's last arguments, in this order, given once. Rows of
+`written` are of (type, shape, number of an output): memory that main's arguments behind the inputs are views of, as
+large as the largest. Rows of `outputs`, a row each, say what the outputs are there. Without rows main returns its
+outputs as tensors of their own: an open size is not known before, and a state may be an input.
 """
 
 from __future__ import annotations
@@ -73,10 +74,15 @@ def bind(constants: Constants, *, has_states: bool) -> tvm.transform.Pass:
         for name, prefix in (("main", ""), (_prompt.NAME, f"{_prompt.NAME}_")):
             if name not in names:
                 continue
-            given, made = _Parameters("constant"), _Parameters("place")
-            main = _Main(module[names[name]], places_outputs=not has_states)
-            module[names[name]] = main.bound(constants, given, made)
-            tables = {"constants": given.variables, "places": made.variables, "outputs": main.outputs()}
+            given, made, written = (_Parameters(kind) for kind in ("constant", "place", "out"))
+            main = _Main(module[names[name]], takes_outputs=not has_states)
+            module[names[name]] = main.bound(constants, given, made, written)
+            tables: dict[str, Iterable[Row]] = {
+                "constants": given.variables,
+                "places": made.variables,
+                "written": written.variables,
+            }
+            tables["outputs"] = main.outputs()
             for table, rows in tables.items():
                 assert prefix + table not in names, f"a kernel is called {prefix}{table}, as every artefact's function"
                 module[tvm.ir.GlobalVar(prefix + table)] = _table(rows)
@@ -115,24 +121,26 @@ def _table(rows: Iterable[Row]) -> Any:
 class _Main:
     """The lowered main, a straight list of bindings, taken apart."""
 
-    def __init__(self, main: Any, *, places_outputs: bool) -> None:
+    def __init__(self, main: Any, *, takes_outputs: bool) -> None:
         self._main = main
         self._bindings = [b for block in main.body.blocks for b in block.bindings]
         values = {b.var: b.value for b in self._bindings}
         result = values.get(main.body.body, main.body.body)
         returned = list(result.fields) if isinstance(result, relax.Tuple) else [result]
-        # Tensors of the workspace and their views, each with the tensor whose memory it is.
-        self._owned = self._in_workspace(set())
-        self._returned = returned if places_outputs and all(part in self._owned for part in returned) else []
+        # Tensors that main does not allocate and their views, each with the tensor whose memory it is.
+        self._owned = self._given(set())
+        self._returned = returned if takes_outputs and all(part in self._owned for part in returned) else []
         if not self._returned:
-            self._owned = self._in_workspace(_leading_to(main.body.body, values))
+            self._owned = self._given(_leading_to(main.body.body, values))
+        # Of those the outputs' memory, by number.
+        self._numbers = {tensor: k for k, tensor in enumerate(dict.fromkeys(map(self._owned.get, self._returned)))}
         calls = [(b.var, b.value) for b in self._bindings if isinstance(b.value, relax.Call)]
         others = {v.args[0] for var, v in calls if _callee(v) == "relax.vm.alloc_tensor" and var not in self._owned}
         storages = [var for var, v in calls if _callee(v) == "relax.vm.alloc_storage"]
         self._dropped = {*self._owned, *(v for v in storages if v not in others)}
         self._offsets = self._plan()
 
-    def _in_workspace(self, outside: set[Any]) -> dict[Any, Any]:
+    def _given(self, outside: set[Any]) -> dict[Any, Any]:
         """The tensors of fixed sizes, and their views, that are not outside."""
         owned: dict[Any, Any] = {}
         for binding in self._bindings:
@@ -146,18 +154,18 @@ class _Main:
         return owned
 
     def outputs(self) -> list[Row]:
-        """Where the outputs are; none when main returns them."""
-        return [self._row(variable) for variable in self._returned]
+        """What the outputs are in their memory; none when main returns them."""
+        return [(*_type(variable), self._numbers[self._owned[variable]]) for variable in self._returned]
 
-    def _row(self, variable: Any) -> Row:
-        return (*_type(variable), self._offsets[self._owned[variable]])
-
-    def bound(self, constants: Constants, given: _Parameters, made: _Parameters) -> Any:
-        """Main with its last parameters."""
+    def bound(self, constants: Constants, given: _Parameters, made: _Parameters, written: _Parameters) -> Any:
+        """Main with its new parameters."""
 
         def argument(expr: Any) -> Any:
             if isinstance(expr, relax.Var) and expr in self._owned:
-                return made.variable(self._row(expr))
+                tensor = self._owned[expr]
+                if tensor in self._numbers:
+                    return written.variable((*_type(expr), self._numbers[tensor]))
+                return made.variable((*_type(expr), self._offsets[tensor]))
             if isinstance(expr, tvm.ir.GenericConst) and isinstance(expr.value, tvm.runtime.Tensor):
                 array = expr.value.numpy()
                 return given.variable((str(array.dtype), array.shape, constants.offset(array)))
@@ -170,7 +178,7 @@ class _Main:
             kills = _callee(value) == _KILL and value.args[0] in self._dropped
             if binding.var not in self._dropped and not kills and _callee(value) not in unneeded:
                 kept.append(relax.VarBinding(binding.var, _replaced(value, argument)))
-        parameters = [*self._main.params, *given.variables.values(), *made.variables.values()]
+        parameters = [*self._main.params, *(v for new in (written, given, made) for v in new.variables.values())]
         result = self._main.body.body
         if self._returned:  # as little as main may return
             kept = [binding for binding in kept if binding.var != result]
@@ -180,8 +188,9 @@ class _Main:
 
     def _plan(self) -> dict[Any, int]:
         """Where each tensor stands in the workspace: two that are needed at the same step stand apart."""
-        steps: dict[Any, list[int]] = {v: [] for v, tensor in self._owned.items() if v == tensor}
-        behind: dict[Any, set[Any]] = {v: {tensor} for v, tensor in self._owned.items()}
+        tensors = {tensor for tensor in self._owned.values() if tensor not in self._numbers}
+        steps: dict[Any, list[int]] = {v: [] for v in self._owned if v in tensors}
+        behind: dict[Any, set[Any]] = {v: {tensor} & tensors for v, tensor in self._owned.items()}
         for step, binding in enumerate(self._bindings):
             if _callee(binding.value) == _KILL:
                 continue
@@ -189,8 +198,6 @@ class _Main:
             for tensor in used:
                 steps[tensor].append(step)
             behind.setdefault(binding.var, used)  # a tuple, or another name
-        for variable in self._returned:
-            steps[self._owned[variable]].append(len(self._bindings))
         lives = [Lifetime(_size(v), min(at, default=0), max(at, default=0)) for v, at in steps.items()]
         return dict(zip(steps, _plan.plan(lives).offsets, strict=True))
 

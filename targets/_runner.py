@@ -47,7 +47,7 @@ _ON_PROCESSOR = {
     "@PLACED@": "",
     "@FETCHED@": "",
     "@COPIES@": "",
-    "@HEADERS@": "#include <@CHECK_HEADER@>\n#include <sched.h>\n#include <sys/mman.h>\n\n",
+    "@HEADERS@": "#include <@CHECK_HEADER@>\n#include <sched.h>\n#include <sys/mman.h>\n\n#include <map>\n",
     "@WHERE@": " and constants.bin beside it",
     "@FITS@": """  if (!supported()) {
     throw std::runtime_error("model.so was built for @CPU@, and this processor lacks a feature of it; build it again");
@@ -80,39 +80,62 @@ struct Place {
   void FreeData(DLTensor*) {}
 };
 
-// The bytes that rows of (type, shape, offset) take.
+// Rows are of (type, shape, place).
+size_t Size(const ffi::Array<ffi::Any>& row) {
+  DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
+  size_t size = (dtype.bits + 7) / 8;
+  for (int64_t extent : row[1].cast<ffi::Shape>()) size *= extent;
+  return size;
+}
+
+ffi::Tensor View(const ffi::Array<ffi::Any>& row, char* memory) {
+  DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
+  return ffi::Tensor::FromNDAlloc(Place{memory}, row[1].cast<ffi::Shape>(), dtype, DLDevice{kDLCPU, 0});
+}
+
+// The bytes that rows with offsets take.
 size_t Extent(const ffi::Any& table) {
   size_t bytes = 0;
   for (const ffi::Array<ffi::Any>& row : table.cast<ffi::Array<ffi::Array<ffi::Any>>>()) {
-    DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
-    size_t size = (dtype.bits + 7) / 8;
-    for (int64_t extent : row[1].cast<ffi::Shape>()) size *= extent;
-    bytes = std::max(bytes, row[2].cast<ffi::Shape>()[0] + size);
+    bytes = std::max(bytes, row[2].cast<ffi::Shape>()[0] + Size(row));
   }
   return bytes;
 }
 
-// The tensors that rows tell of, in memory of so many bytes.
+// The tensors that rows with offsets tell of, in memory of so many bytes.
 void Append(const ffi::Any& table, char* memory, size_t room, std::vector<ffi::Any>* tensors) {
   if (Extent(table) > room) throw std::runtime_error("constants.bin: is shorter than model.so expects; copy it again");
   for (const ffi::Array<ffi::Any>& row : table.cast<ffi::Array<ffi::Array<ffi::Any>>>()) {
-    DLDataType dtype = ffi::StringToDLDataType(row[0].cast<ffi::String>());
-    Place place{memory + row[2].cast<ffi::Shape>()[0]};
-    tensors->push_back(ffi::Tensor::FromNDAlloc(place, row[1].cast<ffi::Shape>(), dtype, DLDevice{kDLCPU, 0}));
+    tensors->push_back(View(row, memory + row[2].cast<ffi::Shape>()[0]));
   }
 }
 
-// Main takes, behind the inputs, the constants and places for what it computes; outputs that have places are views.
-ffi::Function Bound(const ffi::Module& machine, const std::string& library, std::vector<ffi::Any>* outputs) {
+// Memory for the outputs: the tensors that main takes of it behind the inputs, and what the outputs are there.
+void Outputs(const ffi::Module& machine, std::vector<ffi::Any>* written, std::vector<ffi::Any>* outputs) {
+  std::map<int64_t, std::pair<size_t, char*>> memories;
+  ffi::Any tables[] = {machine->GetFunction("written").value()(), machine->GetFunction("outputs").value()()};
+  for (const ffi::Any& table : tables) {
+    for (const ffi::Array<ffi::Any>& row : table.cast<ffi::Array<ffi::Array<ffi::Any>>>()) {
+      size_t& size = memories[row[2].cast<ffi::Shape>()[0]].first;
+      size = std::max(size, Size(row));
+    }
+  }
+  for (auto& memory : memories) memory.second.second = Allocate(memory.second.first);
+  for (size_t k = 0; k < 2; ++k) {
+    for (const ffi::Array<ffi::Any>& row : tables[k].cast<ffi::Array<ffi::Array<ffi::Any>>>()) {
+      (k ? outputs : written)->push_back(View(row, memories[row[2].cast<ffi::Shape>()[0]].second));
+    }
+  }
+}
+
+// Main takes, last, the constants and places for what it computes on the way.
+ffi::Function Bound(const ffi::Module& machine, const std::string& library) {
   size_t size = 0;
   char* constants = ReadConstants(library.substr(0, library.rfind('/') + 1) + "constants.bin", &size);
   std::vector<ffi::Any> bound = {ffi::String("main"), ffi::String("bound"), 1};
-  ffi::Any places = machine->GetFunction("places").value()(), placed = machine->GetFunction("outputs").value()();
-  size_t room = std::max(Extent(places), Extent(placed));
-  char* workspace = Allocate(room);
   Append(machine->GetFunction("constants").value()(), constants, size, &bound);
-  Append(places, workspace, room, &bound);
-  Append(placed, workspace, room, outputs);
+  ffi::Any places = machine->GetFunction("places").value()();
+  Append(places, Allocate(Extent(places)), Extent(places), &bound);
   std::vector<ffi::AnyView> views(bound.begin(), bound.end());
   ffi::Any nothing;
   machine->GetFunction("save_function").value().CallPacked(views.data(), static_cast<int32_t>(views.size()), &nothing);
@@ -120,8 +143,11 @@ ffi::Function Bound(const ffi::Module& machine, const std::string& library, std:
 }
 
 """,
-    "@MAIN@": "Bound(machine, file, &placed)",
-    "@BEFORE@": "  std::vector<ffi::Any> placed;\n",
+    "@MAIN@": "Bound(machine, file)",
+    "@BEFORE@": """  std::vector<ffi::Any> written, placed;
+  Outputs(machine, &written, &placed);
+  arguments.insert(arguments.end(), written.begin(), written.end());
+""",
     "@OUTPUTS_OF@": """  ffi::Array<ffi::Tensor> outputs;
   for (const ffi::Any& tensor : placed) outputs.push_back(tensor.cast<ffi::Tensor>());
   if (placed.empty()) outputs = result.cast<ffi::Array<ffi::Tensor>>();

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+# Bytes up to which an output is copied, and memories of a larger one that are kept for later runs.
+_SMALL, _KEPT = 1 << 15, 3
 # TVM's kernels load whole vectors from the beginning of a tensor.
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
@@ -46,21 +48,26 @@ class Processor:
         self._machine = open_library(path)["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
         self._constants = constants
-        self._main, self._outputs = self._bound("main", "")
+        self._main = self._bound("main", "")
         self._second: Any = None
+        written, outputs = (self._machine[table]() for table in ("written", "outputs"))
+        self._memories = memories(self._ffi, written, outputs)
+        # Which memory each argument behind the inputs is a view of, and each output, and which of its views.
+        self._written, self._outputs = views_of(written), views_of(outputs)
 
     def add(self, name: str) -> None:
         """Load a second function of the library, which has the inputs of `main` and shares its constants."""
-        self._second, outputs = self._bound(name, f"{name}_")
-        assert not outputs  # they are states
+        self._second = self._bound(name, f"{name}_")
 
-    def _bound(self, name: str, prefix: str) -> tuple[Any, list[np.ndarray]]:
-        """A function with its last arguments, and where its outputs are; nowhere when it returns them."""
-        places, outputs = (self._machine[f"{prefix}{table}"]() for table in ("places", "outputs"))
-        room = memory(_extent([*places, *outputs]))
-        held = [*_views(self._machine[f"{prefix}constants"](), self._constants), *_views(places, room)]
+    def _bound(self, name: str, prefix: str) -> Any:
+        """A function with its last arguments."""
+        places = self._machine[f"{prefix}places"]()
+        held = [
+            *_views(self._machine[f"{prefix}constants"](), self._constants),
+            *_views(places, memory(_extent(places))),
+        ]
         self._machine["save_function"](name, f"{prefix}bound", 1, *(self._ffi.from_dlpack(array) for array in held))
-        return self._machine[f"{prefix}bound"], list(_views(outputs, room))
+        return self._machine[f"{prefix}bound"]
 
     def run(self, tensors: Sequence[Any]) -> list[np.ndarray]:
         """The outputs of main as arrays, for tensors in the order of the inputs; one call at a time."""
@@ -68,28 +75,30 @@ class Processor:
             return [self.fetch(result) for result in self.call(tensors)]
         if self._threads is not None:
             set_pool(self._ffi, self._threads)
-        self._main(*tensors)
-        return [output.copy() for output in self._outputs]
+        slots = [memory.idle() for memory in self._memories]
+        self._main(*tensors, *[slots[number].tensors[k] for number, k in self._written])
+        return [slots[number].taken(k) for number, k in self._outputs]
 
     def repeated(self, inputs: Sequence[np.ndarray], names: Sequence[str]) -> Callable[[], dict[str, np.ndarray]]:
         """A function that gives the outputs by name for what stands in aligned arrays then; one call at a time.
 
-        It takes as few steps as Python can: see `_vm`.
+        Where all outputs are small it takes as few steps as Python can: see `_vm`.
         """
         ffi, threads, main = self._ffi, self._threads, self._main
         tensors = [self.tensor(array) for array in inputs]
-        outputs = list(zip(names, self._outputs, strict=True)) if self._outputs else []
+        if not self._outputs or not all(memory.is_small for memory in self._memories):
+            return lambda: dict(zip(names, self.run(tensors), strict=True))
+        slots = [memory.idle() for memory in self._memories]
+        tensors += [slots[number].tensors[k] for number, k in self._written]
+        arrays = [(name, slots[number].arrays[k]) for name, (number, k) in zip(names, self._outputs, strict=True)]
 
-        def placed() -> dict[str, np.ndarray]:
+        def run() -> dict[str, np.ndarray]:
             if threads is not None:
                 set_pool(ffi, threads)
             main(*tensors)
-            return {name: output.copy() for name, output in outputs}
+            return {name: array.copy() for name, array in arrays}
 
-        def returned() -> dict[str, np.ndarray]:
-            return dict(zip(names, self.run(tensors), strict=True))
-
-        return placed if self._outputs else returned
+        return run
 
     def call(self, tensors: Sequence[Any], *, second: bool = False) -> Sequence[Any]:
         """The outputs of main, or of the second function, as tensors; one call at a time."""
@@ -117,6 +126,71 @@ class Processor:
     def fetch(self, tensor: Any) -> np.ndarray:
         """A copy of a tensor as an array; the memory of the tensor goes back to the virtual machine."""
         return np.array(np.from_dlpack(tensor))
+
+
+class Slot:
+    """Memory of an output: the tensors that main is given of it, and the arrays that callers see."""
+
+    def __init__(self, tensors: list[Any], arrays: list[np.ndarray], *, is_small: bool) -> None:
+        """The arrays are views of one memory."""
+        self.tensors, self.arrays = tensors, arrays
+        self._is_small = is_small
+        # What has the memory: all arrays handed out refer to it.
+        self._root = arrays[0]
+        while isinstance(self._root.base, np.ndarray):
+            self._root = self._root.base
+        self._unseen = self._references()
+
+    def taken(self, k: int) -> np.ndarray:
+        """An output, which a later run does not overwrite."""
+        return self.arrays[k].copy() if self._is_small else self.arrays[k][...]
+
+    def is_seen(self) -> bool:
+        """Whether a caller has an array that was handed out, or a view of one."""
+        return not self._is_small and self._references() > self._unseen
+
+    def _references(self) -> int:
+        return sys.getrefcount(self._root)
+
+
+class Memory:
+    """Memory for an output, handed out without a copy where it is large, and used again when nobody refers to it.
+
+    A copy would take as long as a small kernel: memory that is new to a process is brought in page by page.
+    """
+
+    def __init__(self, ffi: Any, written: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """The rows of what main writes, and of what callers see."""
+        self._ffi = ffi
+        self._written, self._outputs = ([(kind, shape, (0,)) for kind, shape, _ in rows] for rows in (written, outputs))
+        self._size = _extent([*self._written, *self._outputs])
+        self.is_small = self._size <= _SMALL
+        self._slots: list[Slot] = []
+
+    def idle(self) -> Slot:
+        """Memory that no array of a caller refers to."""
+        for slot in self._slots:
+            if not slot.is_seen():
+                return slot
+        room = memory(self._size)
+        tensors = [self._ffi.from_dlpack(array) for array in _views(self._written, room)]
+        slot = Slot(tensors, list(_views(self._outputs, room)), is_small=self.is_small)
+        if len(self._slots) < _KEPT:
+            self._slots.append(slot)
+        return slot
+
+
+def memories(ffi: Any, written: Sequence[Any], outputs: Sequence[Any]) -> list[Memory]:
+    """Memory for the outputs, by number."""
+    tables = written, outputs
+    numbers = sorted({number for _, _, (number,) in outputs})
+    return [Memory(ffi, *([row for row in rows if row[2][0] == number] for rows in tables)) for number in numbers]
+
+
+def views_of(rows: Sequence[Any]) -> list[tuple[int, int]]:
+    """Of rows of (type, shape, number) the numbers, and how many rows of that number are before each."""
+    numbers = [int(number) for _, _, (number,) in rows]
+    return [(number, numbers[:k].count(number)) for k, number in enumerate(numbers)]
 
 
 def load() -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import tvm
+import tvm_ffi
 
 import mc_opt
 from mc_opt import ir
@@ -53,9 +54,9 @@ def test_a_run_makes_the_kernels_calls_alone(tmp_path: Path) -> None:
     main, places = calls(made, "main"), calls(made, "places")
     # The copy is of the number that main returns.
     assert sorted(main) == ["fused_mul_add", "gemm", "gemm", "softmax", "softmax", "vm.builtin.copy"]
-    # a, b and z: what a kernel reads and writes stands apart, else c where a stood, and y where b stood.
-    assert places == ["vm.builtin.make_tuple"] * 4
-    assert calls(made, "outputs") == ["vm.builtin.make_tuple"] * 3
+    # a and b: what a kernel reads and writes stands apart, and c where a stood.
+    assert places == ["vm.builtin.make_tuple"] * 3
+    assert calls(made, "written") == calls(made, "outputs") == ["vm.builtin.make_tuple"] * 3  # y and z
     constants.write(tmp_path / "constants.bin")
     # The weight of both products is packed the same way, and stands there once.
     sizes = [WEIGHT.nbytes, 8 * 4]
@@ -65,7 +66,7 @@ def test_a_run_makes_the_kernels_calls_alone(tmp_path: Path) -> None:
 def test_outputs_that_are_states_are_tensors_of_their_own() -> None:
     made, _ = compiled(TIED, has_states=True, w=WEIGHT)
     assert calls(made, "main").count("vm.builtin.alloc_tensor") == 2  # y and z
-    assert calls(made, "outputs") == ["vm.builtin.make_tuple"]
+    assert calls(made, "written") == calls(made, "outputs") == ["vm.builtin.make_tuple"]
 
 
 def test_open_sizes_are_allocated_in_each_run() -> None:
@@ -113,16 +114,22 @@ def test_places_do_not_disturb_each_other(seed: int, tmp_path: Path) -> None:
     constants.write(tmp_path / "constants.bin")
     machine = tvm.relax.VirtualMachine(made, tvm.cpu())
     rows = machine["places"]()
-    room = _runtime.memory(_runtime._extent([*rows, *machine["outputs"]()]))
+    room = _runtime.memory(_runtime._extent(rows))
     held = [*_runtime._views(machine["constants"](), _runtime.read(tmp_path / "constants.bin"))]
     held += _runtime._views(rows, room)
-    placed = list(_runtime._views(machine["outputs"](), room))
+    written, outputs = machine["written"](), machine["outputs"]()
+    slots = [memory.idle() for memory in _runtime.memories(tvm_ffi, written, outputs)]
     session = ir.Session(onnx_ir.from_proto(_kernels.model(tangled(seed), weights)))
     for _ in range(2):
         inputs = {name: rng.standard_normal((6, 16), np.float32) for name in ("x", "z")}
         room[:] = 255  # NaN
-        machine["main"](*map(tvm.runtime.tensor, inputs.values()), *map(tvm.runtime.from_dlpack, held))
-        for expected, array in zip(session.run(inputs).values(), placed, strict=True):
+        arguments = [
+            *map(tvm.runtime.tensor, inputs.values()),
+            *(slots[k].tensors[v] for k, v in _runtime.views_of(written)),
+        ]
+        machine["main"](*arguments, *map(tvm.runtime.from_dlpack, held))
+        found = [slots[k].taken(v) for k, v in _runtime.views_of(outputs)]
+        for expected, array in zip(session.run(inputs).values(), found, strict=True):
             # float32 sums in another order, and the values grow from node to node
             np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
