@@ -6,6 +6,7 @@ tile while it is in registers. Kernels that were written out loop by loop carry 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _packed, _prefetch, _sliding, _split, _window
+from mc_opt.targets.kernels import _estimate, _packed, _prefetch, _sliding, _split, _window
 from mc_opt.targets.kernels._loops import SCHEDULED
 
 # Reductions of a depthwise kernel up to this many steps are written out; of others up to so many multiply-adds of
@@ -66,8 +67,11 @@ def schedule(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list
     """Schedule every PrimFunc of a module; returns the module and a note for each that fell back, and why."""
     notes = []
     result = tvm.IRModule(dict(module.functions), attrs=module.attrs)
-    for variable, function in sorted(module.functions.items(), key=lambda kv: str(kv[0].name_hint)):
-        if not isinstance(function, tirx.PrimFunc) or (function.attrs and SCHEDULED in function.attrs):
+    kernels = [(v, f) for v, f in module.functions.items() if isinstance(f, tirx.PrimFunc)]
+    if machine.threads > 1 and not _estimate.threads_pay([f for _, f in kernels], machine):
+        machine = dataclasses.replace(machine, threads=1)
+    for variable, function in sorted(kernels, key=lambda kv: str(kv[0].name_hint)):
+        if function.attrs and SCHEDULED in function.attrs:
             continue
         try:
             scheduled, note = _scheduled(function, machine)

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 from mc_opt.targets._machine import Machine
 
-# Nanoseconds that one thread must take before a second one helps: TVM's pool starts and joins threads in two
-# microseconds (measured while it spins, two threads).
+# Nanoseconds that one thread must take before a second one helps. TVM's pool starts and joins threads in 600 while they
+# spin, which they do for some 50 ms, and in 5 to 10 thousand when they sleep. The rest is for what the other core has
+# written: a core reads 16 KiB of that in 1700 (all measured on two cores of a Sapphire Rapids).
 _WORTH = 8000
 # Work of one kind in a nanosecond: multiply-adds of register tiles, of channelwise windows and of weights that are read
 # for one product only; elements that are moved.
-SUMS, TAPS, WEIGHTS, ELEMENTS = 80, 30, 30, 4
+SUMS, TAPS, WEIGHTS, ELEMENTS = 80, 45, 30, 4
+# So many times as long must a kernel be to be worth a second thread by itself: what it reads and writes then moves
+# between cores, at 10 to 20 bytes in a nanosecond, unless the kernels around it are split as it is.
+_ALONE = 4
 # Bytes in a nanosecond that one core reads of what lies beyond its caches (measured of blocks of 256 MiB), and the
 # multiply-adds that it does meanwhile with a float32.
 _READ = 15
@@ -23,6 +27,15 @@ EVEN = 0.94
 def threads(nanoseconds: float, machine: Machine) -> int:
     """The threads for work that one would do in so much time."""
     return machine.threads if nanoseconds >= _WORTH else 1
+
+
+def pays(kernels: Sequence[float], machine: Machine) -> bool:
+    """Whether to split kernels that take so many nanoseconds each: not where most of the time goes into short ones.
+
+    Too many of their neighbours are too short for threads; what one core has made, the others would have to fetch.
+    """
+    long = sum(k for k in kernels if k >= _ALONE * _WORTH)
+    return machine.threads > 1 and 2 * long >= sum(kernels)
 
 
 def evenness(length: int, shares: int) -> float:
