@@ -23,6 +23,7 @@ from tvm import relax
 
 from mc_opt.targets import _plan, _prompt
 from mc_opt.targets._plan import ALIGNMENT, Lifetime
+from mc_opt.targets._relax.alignment import ANYWHERE
 
 _KILL = "relax.vm.kill_object"
 # What the virtual machine checks of its inputs at each run; loaders have checked inputs of fixed sizes before.
@@ -77,6 +78,8 @@ def bind(constants: Constants, *, has_states: bool) -> tvm.transform.Pass:
             given, made, written = (_Parameters(kind) for kind in ("constant", "place", "out"))
             main = _Main(module[names[name]], takes_outputs=not has_states)
             module[names[name]] = main.bound(constants, given, made, written)
+            for kernel, anywhere in main.anywhere().items():
+                module[kernel] = module[kernel].with_attr(ANYWHERE, sorted(anywhere))
             tables: dict[str, Iterable[Row]] = {
                 "constants": given.variables,
                 "places": made.variables,
@@ -156,6 +159,20 @@ class _Main:
     def outputs(self) -> list[Row]:
         """What the outputs are in their memory; none when main returns them."""
         return [(*_type(variable), self._numbers[self._owned[variable]]) for variable in self._returned]
+
+    def anywhere(self) -> dict[Any, set[int]]:
+        """By kernel the arguments that callers may have put anywhere: inputs, where nothing is written to them."""
+        if not self._returned:
+            return {}
+        inputs = set(self._main.params)
+        found: dict[Any, set[int]] = {}
+        for binding in self._bindings:
+            value = binding.value
+            if _callee(value) == "vm.builtin.reshape" and value.args[0] in inputs:
+                inputs.add(binding.var)
+            if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
+                found.setdefault(value.op, set()).update(k for k, a in enumerate(value.args) if a in inputs)
+        return {kernel: places for kernel, places in found.items() if places}
 
     def bound(self, constants: Constants, given: _Parameters, made: _Parameters, written: _Parameters) -> Any:
         """Main with its new parameters."""

@@ -119,6 +119,10 @@ class OnGpu:
         """A copy of an array as a tensor."""
         return self._tvm.runtime.tensor(array, self._device)
 
+    def borrow(self, array: np.ndarray) -> Any:
+        """A copy of an array as a tensor: a GPU has memory of its own."""
+        return self.place(array)
+
     def fetch(self, tensor: Any) -> np.ndarray:
         """A copy of a tensor as an array."""
         found: np.ndarray = tensor.numpy()

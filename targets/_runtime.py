@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-# Bytes up to which an output is copied, and memories of a larger one that are kept for later runs.
+from mc_opt.targets._manifest import Port
+
+# Bytes up to which inputs and outputs are copied, and memories of a larger output that are kept for later runs.
 _SMALL, _KEPT = 1 << 15, 3
 # TVM's kernels load whole vectors from the beginning of a tensor.
 _ALIGNMENT = 64
@@ -79,23 +81,19 @@ class Processor:
         self._main(*tensors, *[slots[number].tensors[k] for number, k in self._written])
         return [slots[number].taken(k) for number, k in self._outputs]
 
-    def repeated(self, inputs: Sequence[np.ndarray], names: Sequence[str]) -> Callable[[], dict[str, np.ndarray]]:
-        """A function that gives the outputs by name for what stands in aligned arrays then; one call at a time.
-
-        Where all outputs are small it takes as few steps as Python can: see `_vm`.
-        """
-        ffi, threads, main = self._ffi, self._threads, self._main
-        tensors = [self.tensor(array) for array in inputs]
+    def repeated(self, names: Sequence[str]) -> Callable[[Sequence[Any]], dict[str, np.ndarray]]:
+        """`run` with the outputs by name, in as few steps as Python can where all outputs are small: see `_vm`."""
         if not self._outputs or not all(memory.is_small for memory in self._memories):
-            return lambda: dict(zip(names, self.run(tensors), strict=True))
+            return lambda tensors: dict(zip(names, self.run(tensors), strict=True))
+        ffi, threads, main = self._ffi, self._threads, self._main
         slots = [memory.idle() for memory in self._memories]
-        tensors += [slots[number].tensors[k] for number, k in self._written]
+        written = [slots[number].tensors[k] for number, k in self._written]
         arrays = [(name, slots[number].arrays[k]) for name, (number, k) in zip(names, self._outputs, strict=True)]
 
-        def run() -> dict[str, np.ndarray]:
+        def run(tensors: Sequence[Any]) -> dict[str, np.ndarray]:
             if threads is not None:
                 set_pool(ffi, threads)
-            main(*tensors)
+            main(*tensors, *written)
             return {name: array.copy() for name, array in arrays}
 
         return run
@@ -119,8 +117,23 @@ class Processor:
         np.copyto(copy, array)
         return self.tensor(copy)
 
+    def borrow(self, array: np.ndarray) -> Any:
+        """A tensor in the memory of an array that is large and fit for it, else of a copy."""
+        flags = array.flags
+        fits = flags.c_contiguous and flags.aligned and flags.writeable  # tvm_ffi takes no other
+        return self.tensor(array) if self._borrows(array.nbytes) and fits else self.place(array)
+
+    def place_of(self, port: Port) -> tuple[np.ndarray, Any] | tuple[None, None]:
+        """Where an input of fixed size is copied to, as an array and as a tensor; nowhere when it is borrowed."""
+        array = aligned(port.shape, np.dtype(port.dtype))
+        return (None, None) if self._borrows(array.nbytes) else (array, self.tensor(array))
+
+    def _borrows(self, size: int) -> bool:
+        """Whether an input of so many bytes is read where it is: kernels take it anywhere if they take outputs."""
+        return bool(self._outputs) and size > _SMALL
+
     def tensor(self, memory: np.ndarray) -> Any:
-        """A tensor in the memory of an aligned array."""
+        """A tensor in the memory of an array."""
         return self._ffi.from_dlpack(memory)
 
     def fetch(self, tensor: Any) -> np.ndarray:
@@ -131,23 +144,27 @@ class Processor:
 class Slot:
     """Memory of an output: the tensors that main is given of it, and the arrays that callers see."""
 
-    def __init__(self, tensors: list[Any], arrays: list[np.ndarray], *, is_small: bool) -> None:
-        """The arrays are views of one memory."""
+    def __init__(self, tensors: list[Any], arrays: list[np.ndarray], *, is_copied: bool) -> None:
+        """The arrays are views of one memory; copied, they are never handed out."""
         self.tensors, self.arrays = tensors, arrays
-        self._is_small = is_small
+        self._is_copied = is_copied
         # What has the memory: all arrays handed out refer to it.
         self._root = arrays[0]
         while isinstance(self._root.base, np.ndarray):
             self._root = self._root.base
+        self._unseen = 0
+
+    def settle(self) -> None:
+        """Take what refers to the memory now for all that does while no caller has it."""
         self._unseen = self._references()
 
     def taken(self, k: int) -> np.ndarray:
         """An output, which a later run does not overwrite."""
-        return self.arrays[k].copy() if self._is_small else self.arrays[k][...]
+        return self.arrays[k].copy() if self._is_copied else self.arrays[k][...]
 
     def is_seen(self) -> bool:
         """Whether a caller has an array that was handed out, or a view of one."""
-        return not self._is_small and self._references() > self._unseen
+        return not self._is_copied and self._references() > self._unseen
 
     def _references(self) -> int:
         return sys.getrefcount(self._root)
@@ -172,12 +189,18 @@ class Memory:
         for slot in self._slots:
             if not slot.is_seen():
                 return slot
-        room = memory(self._size)
-        tensors = [self._ffi.from_dlpack(array) for array in _views(self._written, room)]
-        slot = Slot(tensors, list(_views(self._outputs, room)), is_small=self.is_small)
+        slot = self._made()
+        slot.settle()  # nothing that made it is left
         if len(self._slots) < _KEPT:
             self._slots.append(slot)
         return slot
+
+    def _made(self) -> Slot:
+        room = memory(self._size)
+        tensors = [self._ffi.from_dlpack(array) for array in _views(self._written, room)]
+        # Callers who write to an output do not expect another to change.
+        is_copied = self.is_small or len(self._outputs) > 1
+        return Slot(tensors, list(_views(self._outputs, room)), is_copied=is_copied)
 
 
 def memories(ffi: Any, written: Sequence[Any], outputs: Sequence[Any]) -> list[Memory]:

@@ -60,7 +60,7 @@ class Artefact:
             if found is not None:
                 return found
             arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
-            results = self._machine.run([self._machine.place(array) for array in arrays])
+            results = self._machine.run([self._machine.borrow(array) for array in arrays])
             return {port.name: result for port, result in zip(self.manifest.outputs, results, strict=True)}
 
     def stream(self) -> Stream:
@@ -103,22 +103,27 @@ def _fixed(machine: _runtime.Processor, manifest: Manifest) -> _Run:
     """A function that gives the outputs for inputs of fixed sizes that fit at first sight; None for all others.
 
     Behind kernels that have emptied the caches every step of Python waits for memory: looking up an attribute, or
-    calling a function more, takes as long there as some thousand multiplications. Inputs have their places for good.
+    calling a function more, takes as long there as some thousand multiplications. Small inputs have their places for
+    good, large ones stay where they are.
     """
-    memories = [_runtime.aligned(port.shape, np.dtype(port.dtype)) for port in manifest.inputs]
-    places = [(p.name, held, held.shape, held.dtype) for p, held in zip(manifest.inputs, memories, strict=True)]
-    run = machine.repeated(memories, [port.name for port in manifest.outputs])
+    places = [(port.name, *machine.place_of(port), port.shape, np.dtype(port.dtype)) for port in manifest.inputs]
+    run, borrow = machine.repeated([port.name for port in manifest.outputs]), machine.borrow
     count, kind = len(places), np.ndarray
 
     def fast(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
         if len(inputs) != count:
             return None
-        for name, held, shape, dtype in places:
+        tensors = []
+        for name, held, tensor, shape, dtype in places:
             array = inputs.get(name)
             if type(array) is not kind or array.shape != shape or array.dtype is not dtype:
                 return None
-            held[...] = array
-        return run()
+            if held is None:
+                tensor = borrow(array)
+            else:
+                held[...] = array
+            tensors.append(tensor)
+        return run(tensors)
 
     return fast
 

@@ -14,7 +14,7 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.tirx import compilation_pipeline
 
-from mc_opt.targets._relax import subnormals
+from mc_opt.targets._relax import alignment, subnormals
 from mc_opt.targets.kernels import _math
 
 Expr = Any
@@ -103,7 +103,10 @@ _DOUBLE: dict[str, Callable[[Expr], Expr]] = {
 
 def flushed(module: tvm.IRModule) -> tvm.IRModule:
     """The module with kernels that take subnormal numbers for zero."""
-    functions = {v: subnormals.flushed(f) if isinstance(f, tirx.PrimFunc) else f for v, f in module.functions.items()}
+    functions = {
+        v: subnormals.flushed(alignment.loosened(f)) if isinstance(f, tirx.PrimFunc) else f
+        for v, f in module.functions.items()
+    }
     return tvm.IRModule(functions, attrs=module.attrs)
 
 

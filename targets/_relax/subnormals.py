@@ -70,7 +70,7 @@ def _entered(statement: Any) -> Any:
     if isinstance(statement, tirx.AttrStmt) and statement.attr_key == "compute_scope":
         body = _around(_in_threads(statement.body))
         return tirx.AttrStmt(statement.node, statement.attr_key, statement.value, body)
-    return _rebuilt(statement, _entered)
+    return rebuilt(statement, _entered)
 
 
 def _in_threads(statement: Any) -> Any:
@@ -80,7 +80,7 @@ def _in_threads(statement: Any) -> Any:
         return tirx.AttrStmt(zero, _LAUNCH, zero, _around(statement))
     if isinstance(statement, tirx.AttrStmt) and statement.attr_key == _LAUNCH:  # a kernel that starts threads itself
         return tirx.AttrStmt(statement.node, _LAUNCH, statement.value, _around(statement.body))
-    return _rebuilt(statement, _in_threads)
+    return rebuilt(statement, _in_threads)
 
 
 def _around(body: Any) -> Any:
@@ -94,7 +94,7 @@ def _around(body: Any) -> Any:
     )
 
 
-def _rebuilt(statement: Any, change: Any) -> Any:
+def rebuilt(statement: Any, change: Any) -> Any:
     """The statement with its parts changed."""
     match statement:
         case tirx.SeqStmt():

@@ -85,6 +85,49 @@ def test_inputs_in_any_memory_and_outputs_of_the_caller(doubled: Path) -> None:
     assert artefact.run({"x": [[np.float32(1)] * 4] * 2})["y"].tolist() == [[2] * 4] * 2
 
 
+LARGE = """agraph (float[128,256] x) => (float[128,256] y, float[256,128] z, float[128,256] s)
+<int64[2] turned = {256, 128}> { y = Softmax(x)  z = Reshape(y, turned)  s = Add(x, x) }"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    mc_opt.build(model(LARGE), CPU, folder)
+    return folder
+
+
+def test_large_inputs_are_taken_from_any_memory(large: Path) -> None:
+    artefact, session = mc_opt.load(large), ir.Session(model(LARGE))
+    room = np.random.default_rng(0).standard_normal(4 * 128 * 256 + 1, np.float32)
+    whole = room[1 : 1 + 128 * 256].reshape(128, 256)  # no vector begins a line
+    frozen = whole.copy()
+    frozen.flags.writeable = False
+    odd = np.frombuffer(b"." + whole.tobytes(), np.float32, offset=1).reshape(128, 256)
+    for x in (whole, room[: 2 * 128 * 256 : 2].reshape(128, 256), np.asfortranarray(whole), frozen, odd, whole[::-1]):
+        before = x.copy()
+        found, expected = artefact.run({"x": x}), session.run({"x": x})
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-7)
+        assert x.tobytes() == before.tobytes()
+
+
+def test_large_outputs_are_the_caller_s_until_nobody_holds_them(large: Path) -> None:
+    artefact = mc_opt.load(large)
+    xs = [np.full((128, 256), k, np.float32) for k in range(8)]
+    held = [artefact.run({"x": x})["s"][3, 4:] for x in xs]  # a view of an array that is gone
+    assert [view.tolist() for view in held] == [[2.0 * k] * 252 for k in range(8)]
+    state = xs[1]
+    for _ in range(5):  # an output that is the next input
+        state = artefact.run({"x": state})["s"]
+    assert np.all(state == 32)
+    del held, state
+    addresses = {artefact.run({"x": xs[0]})["s"].ctypes.data for _ in range(8)}
+    assert len(addresses) == 1
+    found = artefact.run({"x": xs[0]})
+    found["y"][:] = 5  # z is the same numbers, and another array
+    assert np.all(found["z"] == np.float32(1 / 256))
+
+
 def test_what_does_not_run_here_is_refused(doubled: Path, tmp_path: Path) -> None:
     text = (doubled / "x86/manifest.json").read_text()
     for old, new, message in [
