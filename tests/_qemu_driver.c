@@ -83,6 +83,10 @@ static void run(DLTensor *inputs, int32_t count) {
 }
 #else
 static TVMFFIObjectHandle machine_main, array_size, array_item;
+/* What main takes behind the inputs, and what the outputs are there; none of either when it returns them. */
+static TVMFFIAny written[MOST];
+static DLTensor seen[MOST];
+static int32_t written_count, seen_count;
 
 static const char *error_text(void) {
   TVMFFIObjectHandle error;
@@ -203,6 +207,31 @@ static TVMFFIObjectHandle bound(TVMFFIAny machine, const char *path) {
   return method(machine, "bound");
 }
 
+/* The tensors that rows of (type, shape, number) tell of in the memories of these numbers, as large as they must be. */
+static void take_outputs(TVMFFIAny machine) {
+  TVMFFIAny tables[] = {call(method(machine, "written"), 0, 0), call(method(machine, "outputs"), 0, 0)};
+  size_t sizes[MOST] = {0}, number;
+  char *memories[MOST] = {0};
+  written_count = count_of(tables[0]);
+  seen_count = count_of(tables[1]);
+  if (written_count > MOST || seen_count > MOST) exit(2);
+  for (int32_t k = 0; k < written_count + seen_count; ++k) {
+    TVMFFIAny row = k < written_count ? item(tables[0], k) : item(tables[1], k - written_count);
+    DLTensor tensor = described(row, &number);
+    if (size_of(&tensor) > sizes[number]) sizes[number] = size_of(&tensor);
+  }
+  for (int32_t k = 0; k < seen_count; ++k) {
+    seen[k] = described(item(tables[1], k), &number);
+    if (!memories[number]) memories[number] = place(sizes[number]);
+    seen[k].data = memories[number];
+  }
+  for (int32_t k = 0; k < written_count; ++k) {
+    DLTensor tensor = described(item(tables[0], k), &number);
+    tensor.data = memories[number];
+    written[k] = of_tensor(tensor, 0);
+  }
+}
+
 static void open_model(char **words) {
   if (!words[1] || !words[2]) exit(2);
   TVMFFIAny file = of_text(words[1]);
@@ -213,26 +242,29 @@ static void open_model(char **words) {
   array_size = global("ffi.ArraySize");
   array_item = global("ffi.ArrayGetItem");
   machine_main = words[3] ? bound(machine, words[3]) : method(machine, "main");
+  if (words[3]) take_outputs(machine);
 }
 
 static void run(DLTensor *inputs, int32_t count) {
-  TVMFFIAny arguments[MOST];
+  TVMFFIAny arguments[2 * MOST];
   for (int32_t k = 0; k < count; ++k) arguments[k] = of_tensor(inputs[k], release);
+  for (int32_t k = 0; k < written_count; ++k) arguments[count + k] = written[k];
   TVMFFIAny result = {0};
-  int failed = TVMFFIFunctionCall(machine_main, arguments, count, &result);
+  int failed = TVMFFIFunctionCall(machine_main, arguments, count + written_count, &result);
   for (int32_t k = 0; k < count; ++k) TVMFFIObjectDecRef(arguments[k].v_obj);
   if (failed) {
     fail(error_text());
     return;
   }
-  int32_t made = count_of(result);
+  int32_t made = seen_count ? seen_count : count_of(result);
   give(&made, sizeof made);
-  for (int32_t k = 0; k < made; ++k) {
+  for (int32_t k = 0; k < seen_count; ++k) write_tensor(&seen[k]);
+  for (int32_t k = 0; k < made && !seen_count; ++k) {
     TVMFFIAny tensor = item(result, k);
     write_tensor((DLTensor *)((char *)tensor.v_obj + sizeof(TVMFFIObject)));
     TVMFFIObjectDecRef(tensor.v_obj);
   }
-  TVMFFIObjectDecRef(result.v_obj);
+  if (!seen_count) TVMFFIObjectDecRef(result.v_obj);
   fflush(stdout);
 }
 #endif
