@@ -51,7 +51,9 @@ def constant_weight(
         return expr
 
     def codes(columns: int) -> Packed:
-        return _packed.arranged(e, value, functools.partial(pack, columns=columns))
+        made = _packed.arranged(e, value, functools.partial(pack, columns=columns))
+        assert made is not None  # `fits` said so
+        return made
 
     if e.constant(value) is not None:
         return Weight(tuple(shape), packed, is_constant=True)

@@ -40,10 +40,12 @@ class Packed:
     Attributes:
         terms: the terms, of codes of one width.
         factor: what each output's sum is multiplied by, [t · c]; None where the weights are scaled already.
+        stored: how they are stored, in words: `4 bits, groups of 64`.
     """
 
     terms: tuple[Tiles, ...]
     factor: np.ndarray | None
+    stored: str
 
     def arguments(self, e: Emitter) -> list[relax.Expr]:
         """What the stage is given: the arrays of each term, then the factor."""
@@ -74,18 +76,24 @@ def takes(e: Emitter, terms: Sequence[LookupWeight]) -> bool:
     return e.machine.kind != "cuda" and len({term.bits for term in terms}) == 1
 
 
-def arranged(e: Emitter, value: onnx_ir.Value, pack: Callable[[np.ndarray], np.ndarray]) -> Packed:
-    """A weight that `takes` takes and `_decode.fits` allows, in the order that `pack` gives a dense one."""
-    _weights.note_float32(e, value)
-    terms: list[Tiles] = []
-    for lookup in _decode.terms(e, value):
-        tiles = _decode.arrange(lookup, pack, e.machine)
-        assert tiles is not None  # `fits` said so
-        terms.append(tiles)
+def arranged(
+    e: Emitter, value: onnx_ir.Value, pack: Callable[[np.ndarray], np.ndarray], *, told: bool = False
+) -> Packed | None:
+    """A weight that `takes` takes, in the order that `pack` gives a dense one; None where its codes do not allow it.
+
+    `told` says that the report knows already that 8-bit activations are not for this weight.
+    """
+    lookups = _decode.terms(e, value)
+    terms = [tiles for tiles in (_decode.arrange(lookup, pack, e.machine) for lookup in lookups) if tiles is not None]
+    if len(terms) < len(lookups):
+        return None
+    if not told:
+        _weights.note_float32(e, value)
     first, *others = terms
+    stored = described(lookups)
     if others or first.scale is None or first.offset is not None or first.group is not None:
-        return Packed(tuple(terms), None)
-    return Packed((dataclasses.replace(first, scale=None),), np.ascontiguousarray(first.scale.reshape(-1)))
+        return Packed(tuple(terms), None, stored)
+    return Packed((dataclasses.replace(first, scale=None),), np.ascontiguousarray(first.scale.reshape(-1)), stored)
 
 
 def described(terms: Sequence[LookupWeight]) -> str:

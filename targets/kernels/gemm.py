@@ -18,7 +18,17 @@ from tvm import relax, te, tirx
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import _choice, _tile, _weights, joint_product, lookup_gemv, outlier_product
+from mc_opt.targets.kernels import (
+    _choice,
+    _decode,
+    _packed,
+    _tile,
+    _weights,
+    joint_product,
+    lookup_gemv,
+    outlier_product,
+)
+from mc_opt.targets.kernels._packed import Packed
 from mc_opt.targets.kernels._tile import Tile
 from mc_opt.targets.kernels._window import Axis, Sliding
 from mc_opt.targets.kernels.conv import fusable
@@ -27,7 +37,7 @@ from mc_opt.targets.kernels.conv import fusable
 def product(
     e: Emitter,
     a: relax.Expr,
-    b: relax.Expr,
+    b: relax.Expr | Packed,
     bias: relax.Expr | None,
     *,
     tile: Tile,
@@ -41,6 +51,9 @@ def product(
 
     `shape` is what a table of measured tiles calls the product.
     """
+    if isinstance(b, Packed):
+        scales = (alpha, beta)
+        return _shared(e, a, b, bias, tile=tile, columns=columns, scales=scales, name=f"lookup_{name}", shape=shape)
     *lead_a, m, depth = dims.sizes(a)
     lead_b = dims.sizes(b)[:-3]
     if e.machine.kind != "cuda" and dims.is_static((*lead_a, m, columns)) and all(n == 1 for n in lead_b):
@@ -80,7 +93,7 @@ def product(
 def _shared(
     e: Emitter,
     a: relax.Expr,
-    b: relax.Expr,
+    b: relax.Expr | Packed,
     bias: relax.Expr | None,
     *,
     tile: Tile,
@@ -95,7 +108,8 @@ def _shared(
     high, wide = (tile.high, tile.wide) if shape else (0, 0)  # measured ones; the rule knows the last tiles
     sliding = Sliding(tile.columns, tile.vector, False, axes, high, wide, shape)
 
-    def compute(x: te.Tensor, w: te.Tensor, *rest: te.Tensor) -> te.Tensor:
+    def compute(x: te.Tensor, *given: te.Tensor) -> te.Tensor:
+        w, factor, rest = b.stage(given) if isinstance(b, Packed) else (given[0], None, given[1:])
         k = te.reduce_axis((0, depth), name="k")
 
         def element(*i: Any) -> Any:
@@ -104,16 +118,23 @@ def _shared(
 
         domain = (*lead, m, dims.sizes(w)[0] * tile.columns)
         total = te.compute(domain, element, name="mc_gemm", attrs=sliding.annotation(e.machine))
-        return _epilogue(total, (*lead, m, columns), rest, *scales)
+        return _epilogue(total, (*lead, m, columns), rest, *scales, factor=factor)
 
-    return fusable(e, compute, a, b, *([] if bias is None else [bias]), name=name)
+    operands = b.arguments(e) if isinstance(b, Packed) else [b]
+    return fusable(e, compute, a, *operands, *([] if bias is None else [bias]), name=name)
 
 
 def _epilogue(
-    total: te.Tensor, shape: Sequence[Dim], bias: Sequence[te.Tensor], alpha: float, beta: float
+    total: te.Tensor,
+    shape: Sequence[Dim],
+    bias: Sequence[te.Tensor],
+    alpha: float,
+    beta: float,
+    *,
+    factor: te.Tensor | None = None,
 ) -> te.Tensor:
     def element(*i: Any) -> Any:
-        value = total(*i)
+        value = total(*i) if factor is None else total(*i) * factor(i[-1])
         if alpha != 1.0:
             value = value * tirx.const(alpha, total.dtype)
         if not bias:
@@ -192,6 +213,29 @@ def right_operand(
     return pack_dynamic(e, e.plain(value), tile.columns, transposed=transposed)
 
 
+def _operand(
+    e: Emitter, a: relax.Expr, value: onnx_ir.Value, tile: Tile, *, transposed: bool = False
+) -> relax.Expr | Packed:
+    """The packed right operand of a product of a: in codes that its kernel decodes, where that can be."""
+
+    def pack(array: np.ndarray) -> np.ndarray:
+        return _weights.pack_columns(array.T if transposed else array, tile.columns)
+
+    codes = _packed.arranged(e, value, pack, told=True) if _decodes(e, a, value) else None
+    if codes is None:
+        return right_operand(e, value, tile, transposed=transposed)
+    depth, columns = e.shape(value)[:: -1 if transposed else 1]
+    size = f"{_choice.by(*dims.sizes(a)[:-1])} x {depth} x {columns}"
+    e.note_kernel(f"lookup product: {codes.stored}, {size}, {tile.columns} columns decoded at a time")
+    return codes
+
+
+def _decodes(e: Emitter, a: relax.Expr, value: onnx_ir.Value) -> bool:
+    """Whether the kernel of a product of a decodes its right operand: rows of a fixed number have loops that do."""
+    is_static = dims.is_static([*dims.sizes(a), *e.shape(value)])
+    return is_static and str(a.ty.dtype) == "float32" and _packed.takes(e, _decode.terms(e, value))
+
+
 def matmul(e: Emitter, node: onnx_ir.Node) -> None:
     """MatMul with numpy's broadcasting; a right matrix shared by a batch is one product of all rows."""
     left, right = node.inputs[0], node.inputs[1]
@@ -221,7 +265,7 @@ def matmul(e: Emitter, node: onnx_ir.Node) -> None:
         y = lookup_gemv.product(e, a, right, None) if y is None else y
     if y is None:
         shape, tile = _chosen(e, a, right, columns)
-        y = product(e, a, right_operand(e, right, tile), None, tile=tile, columns=columns, shape=shape)
+        y = product(e, a, _operand(e, a, right, tile), None, tile=tile, columns=columns, shape=shape)
     if outliers is not None:
         y = outlier_product.added(e, y, a, outliers)
     e.set(node.outputs[0], e.reshape(y, out))
@@ -237,6 +281,8 @@ def _chosen(e: Emitter, a: relax.Expr, right: onnx_ir.Value, columns: Dim) -> tu
     shape = f"product {_choice.by(*dims.sizes(a))} -> {columns}, {weights}{a.ty.dtype}"
     offered = _tile.candidates if lead else _tile.exact_candidates
     if e.constant(right) is None:  # codes stand in an order of their own
+        if _decodes(e, a, right):
+            shape = f"lookup {shape}, {_packed.described(_decode.terms(e, right))}"
         return shape, e.choices.pick(shape, offered(1, dims.sizes(a)[-2], columns, e.machine))
     panels, name = e.choices.panels, str(right.name)
     tile = e.choices.pick(shape, offered(1, dims.sizes(a)[-2], columns, e.machine, panel=panels.get(name, 0)))
@@ -281,7 +327,7 @@ def gemm(e: Emitter, node: onnx_ir.Node) -> None:
         y = lookup_gemv.product(e, a, right, bias, transposed=trans_b)
     if y is None:
         shape, tile = _chosen(e, a, right, columns)
-        b = right_operand(e, right, tile, transposed=trans_b)
+        b = _operand(e, a, right, tile, transposed=trans_b)
         y = product(e, a, b, bias, tile=tile, columns=columns, alpha=alpha, beta=beta, shape=shape)
     e.set(node.outputs[0], y)
 

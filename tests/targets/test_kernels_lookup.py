@@ -137,7 +137,7 @@ def test_a_gemm_of_some_rows_adds_its_bias():
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 66),
+    rows=st.integers(1, 100),
     depth=st.integers(1, 200),
     columns=st.integers(1, 130),
     bits=st.integers(1, 8),

@@ -128,6 +128,28 @@ def test_a_residual_is_added_on_the_tile_of_a_packed_weight():
     check(text, weights)
 
 
+# rows, transposed, form, threads
+PRODUCTS = [
+    ("70", 0, {"bits": 4}, 1),
+    pytest.param("70", 1, {"bits": 3, **GROUPED}, 3, marks=[pytest.mark.slow, pytest.mark.ci]),
+    pytest.param("129", 0, {"bits": 8}, 2, marks=[pytest.mark.slow, pytest.mark.ci]),
+]
+
+
+@pytest.mark.parametrize(("rows", "transposed", "form", "threads"), PRODUCTS)
+@pytest.mark.parametrize("cpu", PROCESSORS)
+def test_a_product_of_many_rows_decodes_in_its_kernel(rows, transposed, form, threads, cpu, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    node, weights = packed((100, 96) if transposed else (96, 100), (1 - transposed,), **form)
+    gemm = f"p = Gemm<transB={transposed}, alpha=0.5, beta=2.0>(x, w, b)"
+    text = f"g (float[{rows},96] x) => (float[{rows},100] y) {{ {node} {gemm} y = Relu(p) }}"
+    weights |= {"b": normal(100)}
+    check(text, weights, cpu=cpu, threads=threads)
+    kernels = lower.lower(onnx_ir.from_proto(model(text, weights)), machine(cpu), lambda *_: None).kernels
+    assert any(kernel.startswith("lookup product: ") and "decoded at a time" in kernel for kernel in kernels)
+    assert not any(kernel.startswith("decode: ") for kernel in kernels)
+
+
 @pytest.mark.slow
 @given(
     window=windows(),
