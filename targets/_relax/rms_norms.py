@@ -46,24 +46,44 @@ def _normalised(last: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, float
     for scale, product in _either_way(last, "Mul"):
         if scale.shape is None or scale.shape.rank() != 1 or not _is_constant(scale):
             continue
-        for x, factor in _either_way(_made_by(product, "Mul"), "Mul"):
-            epsilon = _epsilon(factor, x)
+        for x, square in _over_roots(product):
+            epsilon = _epsilon(square, x)
             if epsilon is not None and x.shape is not None and x.shape[-1:] == scale.shape[:]:
                 return x, scale, epsilon
     return None
 
 
-def _epsilon(factor: onnx_ir.Value, x: onnx_ir.Value) -> float | None:
-    """ε, when `factor` is 1 / √(mean x² + ε) over the last axis."""
-    reciprocal = _made_by(factor, "Reciprocal")
-    root = None if reciprocal is None else _made_by(reciprocal.inputs[0], "Sqrt")
-    added = None if root is None else _made_by(root.inputs[0], "Add")
-    for epsilon, mean in _either_way(added, "Add"):
+def _over_roots(product: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Value, onnx_ir.Value]]:
+    """(x, s) of x / √s in every way of writing it that exporters have."""
+    divided = _made_by(product, "Div")
+    if divided is not None and divided.inputs[0] is not None:
+        yield from ((divided.inputs[0], s) for s in _under_root(divided.inputs[1]))
+    for x, factor in _either_way(_made_by(product, "Mul"), "Mul"):
+        reciprocal, quotient, power = (_made_by(factor, kind) for kind in ("Reciprocal", "Div", "Pow"))
+        if reciprocal is not None:
+            yield from ((x, s) for s in _under_root(reciprocal.inputs[0]))
+        if quotient is not None and _number(quotient.inputs[0]) == 1:
+            yield from ((x, s) for s in _under_root(quotient.inputs[1]))
+        if power is not None and power.inputs[0] is not None and _number(power.inputs[1]) == -0.5:
+            yield x, power.inputs[0]
+
+
+def _under_root(value: onnx_ir.Value | None) -> Iterator[onnx_ir.Value]:
+    root = _made_by(value, "Sqrt")
+    if root is not None and root.inputs[0] is not None:
+        yield root.inputs[0]
+
+
+def _epsilon(square: onnx_ir.Value, x: onnx_ir.Value) -> float | None:
+    """ε, when `square` is mean x² + ε over the last axis."""
+    for epsilon, mean in _either_way(_made_by(square, "Add"), "Add"):
         number, node = _number(epsilon), _made_by(mean, "ReduceMean")
         if number is None or node is None or x.shape is None or not _is_over_last_axis(node, x.shape.rank()):
             continue
-        power = _made_by(node.inputs[0], "Pow")
+        power, product = (_made_by(node.inputs[0], kind) for kind in ("Pow", "Mul"))
         if power is not None and power.inputs[0] is x and _number(power.inputs[1]) == 2:
+            return number
+        if product is not None and product.inputs[0] is x and product.inputs[1] is x:
             return number
     return None
 

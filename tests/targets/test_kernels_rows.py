@@ -47,19 +47,21 @@ def test_normalisation(op, shape, parameters):
     check(text, {name: normal(*size, seed=k) for k, (name, size) in enumerate(parameters.items())})
 
 
-def _spelled_out(*, power="2", scaled="s, n", more=""):
+def _spelled_out(
+    *, power="2", normalised="d = Sqrt(v) r = Reciprocal(d) n = Mul(x, r)", scaled="s, n", more="", square="Pow(x, two)"
+):
     """Rows of a + b by their root mean squares, as PyTorch exports a module."""
     return f"""g (float[2,1,70] a, float[2,1,70] b) => (float[2,1,70] y, float[2,1,70] z) <float[2,1,70] x> {{
         x = Add(a, b)
         two = Constant<value_float={power}.0>()
-        p = Pow(x, two)
+        one = Constant<value_float=1.0>()
+        less = Constant<value_float=-0.5>()
+        p = {square}
         axes = Constant<value_ints=[-1]>()
         m = ReduceMean<keepdims=1>(p, axes)
         e = Constant<value_float=0.00001>()
         v = Add(m, e)
-        d = Sqrt(v)
-        r = Reciprocal(d)
-        n = Mul(x, r)
+        {normalised}
         y = Mul({scaled})
         {more or "z = Add(x, a)"} }}"""
 
@@ -69,6 +71,11 @@ def _spelled_out(*, power="2", scaled="s, n", more=""):
     [
         (_spelled_out(), "SkipSimplifiedLayerNormalization"),
         (_spelled_out(scaled="n, s").replace("Add(a, b)", "Sub(a, b)"), "RMSNormalization"),
+        (_spelled_out(square="Mul(x, x)"), "SkipSimplifiedLayerNormalization"),
+        (_spelled_out(normalised="d = Sqrt(v) n = Div(x, d)"), "SkipSimplifiedLayerNormalization"),
+        (_spelled_out(normalised="d = Sqrt(v) r = Div(one, d) n = Mul(r, x)"), "SkipSimplifiedLayerNormalization"),
+        (_spelled_out(normalised="r = Pow(v, less) n = Mul(x, r)"), "SkipSimplifiedLayerNormalization"),
+        (_spelled_out(normalised="d = Sqrt(v) r = Div(two, d) n = Mul(r, x)"), ""),
         (_spelled_out(power="4"), ""),
         (_spelled_out(more="z = Mul(n, a)"), ""),
     ],
