@@ -105,8 +105,9 @@ class Dense(Nest):
 
     def _splits_panels(self, threads: int) -> bool:
         """Whether each thread reads a part of the weight and all of the input, rather than the other way round."""
-        others = math.prod(self.leading)
-        return self.bytes > self.machine.l1 and not _split.by_positions(self.rows, self.width, others, threads)
+        size = self.rows, self.width, math.prod(self.leading)
+        by_positions = _split.by_positions(*size, threads, decoded=self.decoder is not None)
+        return self.bytes > self.machine.l1 and not by_positions
 
     def _each_region(self, share: Expr, threads: int, write: Callable[[Region], None]) -> None:
         """Write a thread's share of positions: rows or columns, whichever come out more even; they differ by one."""

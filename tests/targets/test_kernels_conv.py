@@ -109,6 +109,8 @@ def test_threads_divide_positions_where_each_weight_serves_for_many():
     assert _split.by_positions(1, 64, 1, 2)
     assert not _split.by_positions(1, 32, 1, 2)  # 16 uses of a weight take less time than reading the next one
     assert _split.by_positions(1, 32, 4, 2)
+    assert not _split.by_positions(1, 64, 1, 2, decoded=True)
+    assert _split.by_positions(14, 14, 1, 2, decoded=True)
     assert not _split.by_positions(7, 7, 1, 2)  # one thread would have 4 rows, the other 3
     assert _split.by_positions(1, 49, 1, 2)
     assert not _split.by_positions(1, 1, 100, 2)
