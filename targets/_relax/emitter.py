@@ -95,6 +95,7 @@ class Emitter:
         self.limits: dict[str, int] = {}  # the largest sizes that the model takes
         self.states: Mapping[str, str] = {}  # outputs that may be written in place of inputs
         self.choices = Choices()  # of tiles
+        self.shares = False  # whether another function of the module has the same weights
         self.ahead: dict[onnx_ir.Value, tuple[str, ...]] = {}  # outputs of later nodes that a handler set: its kernels
         self._held: dict[onnx_ir.Value, _Held] = {}
         self._weights: dict[int, tuple[np.ndarray, relax.Expr]] = {}

@@ -67,11 +67,12 @@ def lower(
     emitter = Emitter(model, machine)
     emitter.states = states or {}
     emitter.choices = Choices(tiles)
+    emitter.shares = prompt is not None
     _function(emitter, "main", progress)
     kernels, fallbacks = list(emitter.kernels), list(emitter.fallbacks)
     if prompt is not None:
         second = Emitter(prompt, machine, emitter.bb)
-        second.states, second.choices = emitter.states, emitter.choices
+        second.states, second.choices, second.shares = emitter.states, emitter.choices, True
         _function(second, _prompt.NAME, progress)
         kernels += [f"{_prompt.NAME}: {text}" for text in second.kernels]
         fallbacks += [f"{_prompt.NAME}: {text}" for text in second.fallbacks]

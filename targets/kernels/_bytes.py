@@ -37,10 +37,11 @@ class Bytes:
     """A weight [k, n] in bytes.
 
     Attributes:
-        words: int32 [t, G · run / unit, v, 16]: plane p of byte q of a word is row word · unit + p · 4 + q.
+        words: int32 [t, G · run / unit, V, 16]: plane p of byte q of a word is row word · unit + p · 4 + q.
         levels: int8 [64], the levels repeated: a permutation finds them whatever stands above a code; or zeros, where
             a field of eight bits holds a level.
-        scale: float32 [t, G, 16 · v], times the step of the levels.
+        scale: float32 [t, G, 16 · V], times the step of the levels.
+        vectors: of columns that are multiplied at a time; the V of a tile of words, or a part of them.
         run: rows of a group; a single one is filled up to whole registers of bytes.
         field: bits of a code in a byte.
         error: of the levels, √(Σ (w - ŵ)² / Σ w²) without the scales.
@@ -49,6 +50,7 @@ class Bytes:
     words: np.ndarray
     levels: np.ndarray
     scale: np.ndarray
+    vectors: int
     run: int
     field: int
     error: float
@@ -68,14 +70,14 @@ class Bytes:
         """Groups of rows."""
         return int(self.scale.shape[1])
 
-    @property
-    def vectors(self) -> int:
-        """Vectors of columns in a tile."""
-        return int(self.words.shape[2])
+    def at(self, t: Expr, v: int) -> tuple[Expr, Expr]:
+        """Where vector v of the t-th columns that are multiplied at a time is: the tile, and the vector in it."""
+        parts = int(self.words.shape[2]) // self.vectors
+        return (t, v) if parts == 1 else (t // parts, t % parts * self.vectors + v)
 
 
-def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Bytes | str:
-    """The weight in bytes, or why it cannot be."""
+def arrange(weight: LookupWeight, pack: Pack, machine: Machine, *, vectors: int) -> Bytes | str:
+    """The weight in bytes, of which `vectors` of columns are multiplied at a time; or why it cannot be."""
     if not set(_NEEDS) <= set(machine.features):
         return f"{machine.cpu} has not both of {', '.join(_NEEDS)}"
     if weight.codebook.size != weight.codebook.shape[-1] or weight.offset is not None:
@@ -102,6 +104,7 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Bytes | str:
         words=_words(_weights.pad_to(codes, 1, run), field),
         levels=np.tile(levels, BYTES // levels.size),
         scale=np.ascontiguousarray(np.broadcast_to(scale, (count, groups, columns)) * np.float32(step)),
+        vectors=vectors,
         run=run,
         field=field,
         error=error,

@@ -97,7 +97,8 @@ def tile(
         """The weights of step s of a few, from word `first` on."""
         for v in range(columns):
             for w in range(step // weight.unit):
-                word = _loops.load(words, t, first + w, v, 0, lanes=LANES)
+                place, vector = weight.at(t, v)
+                word = _loops.load(words, place, first + w, vector, 0, lanes=LANES)
                 for p in range(weight.planes):
                     at = (w * weight.planes + p) * BYTES
                     _loops.store(dense, permuted(levels, weight, word, p), s, v, at, lanes=BYTES)
@@ -135,7 +136,8 @@ def tile(
                 for v in range(columns):
                     at = v * LANES
                     value = tirx.Cast(f"float32x{LANES}", _loops.load(whole, i, v, m, 0, lanes=LANES))
-                    value = value * _loops.load(scale, t, g, at, lanes=LANES)
+                    place, vector = weight.at(t, v)
+                    value = value * _loops.load(scale, place, g, vector * LANES, lanes=LANES)
                     _loops.store(sums, _loops.load(sums, i, m, at, lanes=LANES) + value, i, m, at, lanes=LANES)
 
     def some_rows(b: Expr, count: int) -> None:

@@ -36,11 +36,14 @@ def product(
     n = weight.shape[0 if transposed else 1]
     in_tiles = lookup_amx.takes(rows, depth, weight.group_size, e.machine)
     vectors = min(lookup_amx.vectors(rows) if in_tiles else _vectors(rows), -(-n // LANES))
+    # Functions that share their constants must find them in one order, be it slower by some hundredths for many rows.
+    is_part = e.shares and _FEW_ROWS % vectors == 0 and n > (_FEW_ROWS - 1) * LANES
+    stored = _FEW_ROWS if is_part else vectors
 
     def pack(array: np.ndarray) -> np.ndarray:
-        return _weights.pack_columns(array.T if transposed else array, vectors * LANES)
+        return _weights.pack_columns(array.T if transposed else array, stored * LANES)
 
-    made = _bytes.arrange(weight, pack, e.machine)
+    made = _bytes.arrange(weight, pack, e.machine, vectors=vectors)
     if isinstance(made, str):
         e.note_fallback(f"activations=int8: a product of {rows} x {depth} x {n} runs in float32: {made}")
         return None
@@ -185,12 +188,14 @@ def _tile(
     ahead = _prefetch.ahead(weight.words.nbytes, vectors * BYTES) if rows <= high else 0
 
     def level(w: Expr, v: int, p: int) -> Expr:
-        return permuted(levels, weight, _loops.load(words, t, w, v, 0, lanes=LANES), p)
+        tile, vector = weight.at(t, v)
+        return permuted(levels, weight, _loops.load(words, tile, w, vector, 0, lanes=LANES), p)
 
     def word_of(w: Expr, b: Expr, first: int, parts: list[Buffer]) -> None:
         """Add the products of one word of codes in each lane."""
         if ahead:
-            _prefetch.ask(words, t, w + ahead, 0, 0, size=vectors * BYTES)
+            tile, first_vector = weight.at(t, 0)
+            _prefetch.ask(words, tile, w + ahead, first_vector, 0, size=vectors * BYTES)
         for p in range(weight.planes):
             values = [level(w, v, p) for v in range(vectors)]
             k = w * unit + p * 4
@@ -204,8 +209,9 @@ def _tile(
 
     def group(g: Expr, b: Expr, first: int, sums: list[Buffer]) -> None:
         parts = [_loops.registers(vectors, LANES, "int32") for _ in sums]
+        tile, first_vector = weight.at(t, 0)
         if ahead:
-            _prefetch.ask(scale, t, g + ahead * unit // run, 0, size=vectors * BYTES)
+            _prefetch.ask(scale, tile, g + ahead * unit // run, first_vector * LANES, size=vectors * BYTES)
         for i, part in enumerate(parts):
             for v in range(vectors):
                 _loops.store(part, _loops.splat(taken[b * high + first + i, g], LANES), v * LANES, lanes=LANES)
@@ -215,7 +221,7 @@ def _tile(
             for v in range(vectors):
                 at = v * LANES
                 value = tirx.Cast(f"float32x{LANES}", _loops.load(part, at, lanes=LANES))
-                value = value * _loops.load(scale, t, g, at, lanes=LANES)
+                value = value * _loops.load(scale, tile, g, first_vector * LANES + at, lanes=LANES)
                 _loops.store(total, _loops.load(total, at, lanes=LANES) + value, at, lanes=LANES)
 
     def rows_of(b: Expr, first: int, count: int) -> None:

@@ -86,8 +86,11 @@ def test_an_artefact_reads_prompts(tmp_path: Path) -> None:
             stream.run({"input_ids": np.array([[1]]), "position": np.array([ROOM])})
         with pytest.raises(ir.DataError, match="is float64, expected int64"):
             stream.run({"input_ids": np.ones((1, 4)), "position": np.array([0])})
-    # Both functions read the same dense weights; scales of packed ones stand in an order for each.
-    mc_opt.build(_prompt.step_of(made), "x86", tmp_path / "one")
-    sizes = [(tmp_path / name / "x86/constants.bin").stat().st_size for name in ("one", "out")]
-    assert mc_opt.load(tmp_path / "one").manifest.prompt == 0
-    assert sizes[0] <= sizes[1] <= 1.01 * sizes[0]
+    # Both functions read the same weights; of the last layer, what reads prompts has keys and values without queries.
+    mc_opt.build(_prompt.step_of(made), "x86", tmp_path / "out-one")
+    for name, source in (("small", small), ("small-one", _prompt.step_of(small))):
+        mc_opt.build(source, "x86{activations=int8}", tmp_path / f"{name}-int8", check="structure")
+    for name, most, more in (("out", 1.01, ""), ("small", 1.1, "-int8")):
+        one, both = (tmp_path / f"{name}{part}{more}/x86/constants.bin" for part in ("-one", ""))
+        assert one.stat().st_size <= both.stat().st_size <= most * one.stat().st_size
+    assert mc_opt.load(tmp_path / "out-one").manifest.prompt == 0
