@@ -17,7 +17,7 @@ from mc_opt.targets._base import TargetError
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._open import open_shapes
 from mc_opt.targets._refusal import refusal, where
-from mc_opt.targets._relax import bodies, dims, extents, folding, half, open_ops, rms_norms
+from mc_opt.targets._relax import bodies, dims, extents, folding, half, norms, open_ops
 from mc_opt.targets._relax.emitter import Emitter, Handler
 from mc_opt.targets.kernels._choice import Choices
 
@@ -84,7 +84,7 @@ def _function(emitter: Emitter, name: str, progress: Callable[[int, int, str], N
     """Emit the function of a model."""
     model, table = emitter.model, _relax.handlers()
     emitter.fallbacks.extend(_inline_functions(model, table))
-    rms_norms.recognise(model)
+    norms.recognise(model)
     half.widen(model)
     emitter.fallbacks.extend(bodies.expand(model, table))
     inputs: list[Any] = []

@@ -89,6 +89,39 @@ def test_root_mean_squares_that_a_model_spells_out_are_one_kernel(text, op):
     assert [line.partition(" by ")[0] for line in found] == ([op] if op else [])
 
 
+def _centred(*, square="Pow(d, two)", taken="x", scaled="Mul(r, s)", more="z = Add(x, b)"):
+    """Rows of x less their means, by their deviations, as exporters wrote them before there was an op for it."""
+    return f"""g (float[2,3,70] x, float[2,3,70] b) => (float[2,3,70] y, float[2,3,70] z)
+        <float[2,3,70] d, float two = {{2.0}}, float e = {{0.00001}}, int64[1] axes = {{-1}}> {{
+        m = ReduceMean<keepdims=1>({taken}, axes)
+        d = Sub(x, m)
+        p = {square}
+        v = ReduceMean<keepdims=1>(p, axes)
+        a = Add(v, e)
+        q = Sqrt(a)
+        r = Div(d, q)
+        t = {scaled}
+        y = Add(t, c)
+        {more} }}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "op"),
+    [
+        (_centred(), "LayerNormalization"),
+        (_centred(square="Mul(d, d)", scaled="Mul(s, r)"), "LayerNormalization"),
+        (_centred(more="z = Add(t, b)"), "LayerNormalization"),
+        (_centred(taken="b"), "RMSNormalization"),
+        (_centred(more="z = Add(d, b)"), "RMSNormalization"),
+    ],
+)
+def test_layer_normalisations_that_a_model_spells_out_are_one_kernel(text, op):
+    weights = {"s": normal(70), "c": normal(70, seed=1)}
+    check(text, weights)
+    found = [line for line in lowered_model(model(text, weights), machine()).kernels if "Norm" in line]
+    assert [line.partition(" by ")[0] for line in found] == [op]
+
+
 REDUCTIONS = ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"]
 EXTREMES = [
     f"{op}<axis=-1, keepdims={keeps}, select_last_index={last}>"

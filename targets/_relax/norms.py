@@ -1,6 +1,7 @@
-"""Root mean square normalisations that a model spells out, as one node each: five kernels of a row become one.
+"""Normalisations of rows that a model spells out, as one node each: five kernels of a row become one.
 
     y = x · 1 / √(mean x² + ε) · scale,   and with x = a + b the sum too, which the next layer adds to
+    y = (x - mean x) / √(mean (x - mean x)² + ε) · scale + bias
 
 A framework's module is exported as the ops that it computes. Of ONNX's function RMSNormalization and of ONNX Runtime's
 SkipSimplifiedLayerNormalization, which adds first, kernels take a row at a time.
@@ -21,6 +22,7 @@ def recognise(model: onnx_ir.Model) -> None:
     for last in list(model.graph):
         found = _normalised(last)
         if found is None:
+            _shift(model, last)
             continue
         x, scale, epsilon = found
         attributes = [onnx_ir.AttrFloat32("epsilon", epsilon)]
@@ -36,9 +38,44 @@ def recognise(model: onnx_ir.Model) -> None:
         else:
             attributes.append(onnx_ir.AttrInt64("axis", -1))
             made = onnx_ir.Node("", "RMSNormalization", [x, scale], attributes, outputs=[y], name=last.name)
+            centred = _centred(x, [*old, made])
+            if centred is not None:
+                made.op_type = "LayerNormalization"
+                made.replace_input_with(0, centred[0])
+                old += centred[1]
             model.graph.insert_before(last, made)
         last.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
         model.graph.remove(old, safe=True)
+
+
+def _centred(x: onnx_ir.Value, users: list[onnx_ir.Node]) -> tuple[onnx_ir.Value, list[onnx_ir.Node]] | None:
+    """(z, the nodes that take its mean off), when x is z - mean z over the last axis and read by `users` alone."""
+    less = x.producer()
+    if less is None or less.op_type != "Sub" or less.domain or x.is_graph_output() or x.shape is None:
+        return None
+    z, mean = less.inputs[0], _made_by(less.inputs[1], "ReduceMean")
+    if z is None or mean is None or mean.inputs[0] is not z or not _is_over_last_axis(mean, x.shape.rank()):
+        return None
+    is_read = any(use.node not in users for use in x.uses())
+    return None if is_read else (z, [less, mean])
+
+
+def _shift(model: onnx_ir.Model, last: onnx_ir.Node) -> None:
+    """Let a normalisation without a bias add the constant row that a node behind it adds."""
+    for bias, value in _either_way(last, "Add"):
+        made = _made_by(value, "LayerNormalization")
+        if made is None or len(made.inputs) > 2 or not _is_constant(bias):
+            continue
+        x, scale = made.inputs
+        if scale is None or scale.shape is None or bias.shape != scale.shape or scale.shape.rank() != 1:
+            continue
+        y = _renamed(last.outputs[0])
+        attributes = made.attributes.values()
+        whole = onnx_ir.Node("", made.op_type, [x, scale, bias], attributes, outputs=[y], name=last.name)
+        model.graph.insert_before(last, whole)
+        last.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
+        model.graph.remove([last, made], safe=True)
+        return
 
 
 def _normalised(last: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value, float] | None:
