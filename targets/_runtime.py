@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,30 +145,25 @@ class Processor:
 class Slot:
     """Memory of an output: the tensors that main is given of it, and the arrays that callers see."""
 
-    def __init__(self, tensors: list[Any], arrays: list[np.ndarray], *, is_copied: bool) -> None:
-        """The arrays are views of one memory; copied, they are never handed out."""
+    def __init__(self, room: np.ndarray, tensors: list[Any], arrays: list[np.ndarray], *, is_copied: bool) -> None:
+        """Tensors and arrays are views of the room; copied, the arrays are never handed out."""
         self.tensors, self.arrays = tensors, arrays
-        self._is_copied = is_copied
-        # What has the memory: all arrays handed out refer to it.
-        self._root = arrays[0]
-        while isinstance(self._root.base, np.ndarray):
-            self._root = self._root.base
-        self._unseen = 0
-
-    def settle(self) -> None:
-        """Take what refers to the memory now for all that does while no caller has it."""
-        self._unseen = self._references()
+        self._room, self._is_copied = room, is_copied
+        self._lent: Callable[[], np.ndarray | None] = _nobody
 
     def taken(self, k: int) -> np.ndarray:
         """An output, which a later run does not overwrite."""
-        return self.arrays[k].copy() if self._is_copied else self.arrays[k][...]
+        array = self.arrays[k]
+        if self._is_copied:
+            return array.copy()
+        # Views refer to the last array behind them. That is this one, whose memory is a buffer: it lives as they do.
+        lent = np.frombuffer(self._room.data, array.dtype, array.size)
+        self._lent = weakref.ref(lent)
+        return lent.reshape(array.shape)
 
     def is_seen(self) -> bool:
         """Whether a caller has an array that was handed out, or a view of one."""
-        return not self._is_copied and self._references() > self._unseen
-
-    def _references(self) -> int:
-        return sys.getrefcount(self._root)
+        return self._lent() is not None
 
 
 class Memory:
@@ -190,7 +186,6 @@ class Memory:
             if not slot.is_seen():
                 return slot
         slot = self._made()
-        slot.settle()  # nothing that made it is left
         if len(self._slots) < _KEPT:
             self._slots.append(slot)
         return slot
@@ -200,7 +195,11 @@ class Memory:
         tensors = [self._ffi.from_dlpack(array) for array in _views(self._written, room)]
         # Callers who write to an output do not expect another to change.
         is_copied = self.is_small or len(self._outputs) > 1
-        return Slot(tensors, list(_views(self._outputs, room)), is_copied=is_copied)
+        return Slot(room, tensors, list(_views(self._outputs, room)), is_copied=is_copied)
+
+
+def _nobody() -> None:
+    """Whoever has memory that was never handed out."""
 
 
 def memories(ffi: Any, written: Sequence[Any], outputs: Sequence[Any]) -> list[Memory]:

@@ -121,6 +121,14 @@ def test_large_outputs_are_the_caller_s_until_nobody_holds_them(large: Path) -> 
         state = artefact.run({"x": state})["s"]
     assert np.all(state == 32)
     del held, state
+    frames: list[object] = []  # a debugger has them, and with them what their variables refer to
+    sys.settrace(lambda frame, *_: frames.append(frame))
+    traced = mc_opt.load(large)
+    held = [traced.run({"x": x})["s"] for x in xs[:2]]
+    sys.settrace(None)
+    frames.clear()
+    held += [traced.run({"x": x})["s"] for x in xs[2:4]]
+    assert [array[0, 0] for array in held] == [0, 2, 4, 6]
     addresses = {artefact.run({"x": xs[0]})["s"].ctypes.data for _ in range(8)}
     assert len(addresses) == 1
     found = artefact.run({"x": xs[0]})
