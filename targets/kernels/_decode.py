@@ -2,8 +2,8 @@
 
 The artefact holds codes. While building, they are put into the consumer's order (its own packing,
 applied to the codes), then packed again so that one vector of words holds the codes of as many
-vectors of weights as fit; a kernel decodes them into a planned buffer in front of each use. A codebook
-of at most 16 values (32 with AVX-512) is a register, and decoding a vector is one permutation; `_tbl` is ARM's.
+vectors of weights as fit. Products and convolutions decode them as they multiply (`_packed`, `lookup_gemv`); for what
+does not, depthwise and recurrent layers among them, a kernel decodes them into a planned buffer in front of each use.
 """
 
 from __future__ import annotations

@@ -102,6 +102,16 @@ def test_a_panel_that_the_cache_cannot_hold_is_decoded_in_blocks(case, bits, thr
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.parametrize("threads", [1, 2])
+def test_images_of_an_open_number(threads, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    node, weights = packed((40, 64, 3, 3), (0,), 4)
+    text = f"g (float[N,64,7,9] x) => (float[N,40,5,7] y) {{ {node} c = Conv(x, w) y = Relu(c) }}"
+    check(text, weights, sizes=[{"N": 1}, {"N": 3}], threads=threads)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("cpu", PROCESSORS)
 def test_two_terms_are_decoded_together(cpu):
     case = CASES["same"]
