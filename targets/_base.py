@@ -39,6 +39,7 @@ class Price:
         lanes: numbers in a vector.
         call: a kernel, whatever it does.
         traffic: a byte that one kernel writes and the next reads.
+        cache: bytes that stay near between kernels, in the second-level cache; 0 where kernels are not joined for it.
     """
 
     mul: float
@@ -50,6 +51,7 @@ class Price:
     lanes: int = 1
     call: float = 0.0
     traffic: float = 0.0
+    cache: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

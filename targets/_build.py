@@ -23,7 +23,7 @@ from mc_opt import ir
 from mc_opt.targets import _bound, _cuda, _device, _machine, _manifest, _prompt, _zig
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims, intrinsics, lower
-from mc_opt.targets.kernels import _schedule, _threads
+from mc_opt.targets.kernels import _join, _schedule, _threads
 
 _STEPS = 4
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -103,6 +103,7 @@ def _build(request: Mapping[str, Any], machine: Machine, reporter: Reporter) -> 
             module = fuse(lowered.module)
             main = next(f for v, f in module.functions.items() if v.name_hint == "main")
             types = [([_extent(d) for d in t.shape], str(t.dtype)) for t in main.ret_ty.fields]
+            module, joined = (module, []) if machine.kind == "cuda" else _join.join(module, machine)
             module, notes = schedule(module, machine, target)
         if form == "static":
             _write_static(module, machine, folder, prefix=request["prefix"], names=(inputs, outputs), reporter=reporter)
@@ -112,7 +113,7 @@ def _build(request: Mapping[str, Any], machine: Machine, reporter: Reporter) -> 
             _write_vm(module, target, folder, reporter, has_states=bool(states))
     return {
         "outputs": [[n, shape, dtype] for n, (shape, dtype) in zip(outputs, types, strict=True)],
-        "kernels": sorted(lowered.kernels),
+        "kernels": sorted([*lowered.kernels, *joined]),
         "fallbacks": sorted([*lowered.fallbacks, *notes]),
         "limits": lowered.limits,
         "tiles": lowered.choices.tiles,

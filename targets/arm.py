@@ -27,7 +27,16 @@ class Arm(ProcessorTarget):
     # both once, tbl 3 slots, trn 1); bytes from 5.5 GB/s, STREAM's copy on a Raspberry Pi 4;
     # call and traffic are x86's, four times as slow.
     price: ClassVar[Price] = Price(
-        mul=0.083, add=0.083, shift=0.33, xnor=0.016, lookup=0.45, bytes=0.18, lanes=4, call=1600, traffic=0.2
+        mul=0.083,
+        add=0.083,
+        shift=0.33,
+        xnor=0.016,
+        lookup=0.45,
+        bytes=0.18,
+        lanes=4,
+        call=1600,
+        traffic=0.2,
+        cache=512 << 10,
     )
 
     cpu: Literal["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-n2", "neoverse-v1"] = "cortex-a72"

@@ -29,7 +29,16 @@ class X86(ProcessorTarget):
     # multiply-add is one product and one sum, half of its 0.0108 each; it is taken off shift's and lookup's loops;
     # call is an estimate, traffic is fitted to the layers of benchmarks/kron_speed.py, dense and factored.
     price: ClassVar[Price] = Price(
-        mul=0.0054, add=0.0054, shift=0.019, xnor=0.0008, lookup=0.031, bytes=0.05, lanes=16, call=400, traffic=0.05
+        mul=0.0054,
+        add=0.0054,
+        shift=0.019,
+        xnor=0.0008,
+        lookup=0.031,
+        bytes=0.05,
+        lanes=16,
+        call=400,
+        traffic=0.05,
+        cache=1 << 20,
     )
 
     cpu: Literal[

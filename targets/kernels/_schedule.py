@@ -92,7 +92,7 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
     problem = ""
     for fused in (True, False):
         state = s_tir.Schedule(function)
-        _inline(state)
+        inline(state)
         if any(_window.read(state.get(b).annotations) for b in blocks(state)):
             return _sliding_window(state, machine)
         tiled = [b for b in blocks(state) if _tile(state, b)]
@@ -109,7 +109,7 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
         note = "" if fused else f"consumers run apart from the tile: {problem}"
         return state.mod["main"], note
     state = s_tir.Schedule(function)
-    _inline(state)
+    inline(state)
     _general(state, machine)
     return state.mod["main"], f"no register tile: {problem}"
 
@@ -168,7 +168,7 @@ def _is_plain(state: Any, block: Any) -> bool:
     return len(loops) == len(_kinds(state, block)) and all(int(state.get(x).kind) == 0 for x in loops)
 
 
-def _inline(state: Any) -> None:
+def inline(state: Any) -> None:
     """Compute injective producers inside their consumers, until none is left."""
     changed = True
     while changed:

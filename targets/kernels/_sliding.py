@@ -71,6 +71,16 @@ class Channelwise(Nest):
                     with self.serial(count) as u:
                         self._row(at, u * lanes + start, lanes, wide, inner)
 
+    def part(self, image: Expr, row: Expr, count: int) -> None:
+        """Some rows of an image: vectors of channels outside, whose rows then stay in the first-level cache."""
+        last, width = self.window.axes[-1], self.positions[-1]
+        wide = self.window.wide or _window.channelwise_width(width, self.machine)
+        borders = set(_window.border_tiles(last, width, wide))
+        inner = [q for q in range(-(-width // wide)) if q not in borders]
+        for start, vectors, lanes in _loops.split(self.channels, self.window.vector):
+            with self.serial(vectors) as v, self.serial(count) as r:
+                self._row([image, row + r], v * lanes + start, lanes, wide, inner)
+
     def _row(self, at: Sequence[Expr], channel: Expr, lanes: int, wide: int, inner: Sequence[int]) -> None:
         """A row of positions of some channels: the tiles at the border by themselves, the inner ones in a loop."""
         width = self.positions[-1]

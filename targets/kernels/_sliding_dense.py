@@ -103,6 +103,10 @@ class Dense(Nest):
             if left:
                 self._each_region(share, threads, lambda region: self._panels(0, self.images, region, left))
 
+    def part(self, image: Expr, region: Region) -> None:
+        """All channels at some positions of an image."""
+        self._panels(image, 1, region, [(group, 0, group.count) for group in self.groups])
+
     def _splits_panels(self, threads: int) -> bool:
         """Whether each thread reads a part of the weight and all of the input, rather than the other way round."""
         size = self.rows, self.width, math.prod(self.leading)

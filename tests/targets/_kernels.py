@@ -22,7 +22,7 @@ from mc_opt.targets import _machine
 from mc_opt.targets._build import _linker, _pipeline, fuse, llvm_target
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
-from mc_opt.targets.kernels import _schedule
+from mc_opt.targets.kernels import _join, _schedule
 from tests import _qemu
 
 Arrays = Mapping[str, np.ndarray]
@@ -72,7 +72,10 @@ def compiled(
     lowered = lowered_model(proto, target, tiles)
     processor = machine() if target.kind == "cuda" else target
     with llvm_target(processor) as llvm:
-        module, notes = _schedule.schedule(fuse(lowered.module), processor)
+        module = fuse(lowered.module)
+        if target.kind != "cuda":
+            module, _ = _join.join(module, processor)
+        module, notes = _schedule.schedule(module, processor)
         executable = tvm.compile(module, target=llvm, relax_pipeline=_pipeline(), tir_pipeline=intrinsics.PIPELINE)
     return executable, module, [*lowered.fallbacks, *notes]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mc_opt import ir, targets
@@ -47,3 +49,14 @@ def test_what_is_beside_the_multiplications(field, units):
     free = dict.fromkeys(("mul", "add", "shift", "xnor", "lookup", "bytes"), 0.0)
     price = targets.Price(**{**free, "lanes": 16, field: 1.0})
     assert targets.predicted_time([(4, 4), (16, 4)], 0, outputs=100, price=price) == units
+
+
+def test_stages_of_one_kernel_hand_nothing_on():
+    shapes = [(134, 64, 1, 1, 1), (134, 1, 1, 3, 3), (134, 1, 64, 1, 1)]
+    apart = dataclasses.replace(PRICE, mul=0.005, add=0.005, call=400.0, traffic=0.05)
+    times = [
+        targets.predicted_time(shapes, 1, outputs=56 * 56, price=dataclasses.replace(apart, cache=cache))
+        for cache in (0, 1 << 20)
+    ]
+    handed = 2 * 56 * 56 * 134 * 4 * 0.05 + 2 * 400
+    assert times[0] - times[1] == pytest.approx(handed, rel=0.02)  # weights are read again for each block

@@ -1,0 +1,133 @@
+"""Convolutions in a row that run as one kernel, a block of rows at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from mc_opt.targets import _row_blocks
+from mc_opt.targets._build import fuse, llvm_target
+from mc_opt.targets.kernels import _join, _split
+from tests.targets._kernels import compare, feeds, lowered_model, machine, model, normal, running
+
+pytestmark = [pytest.mark.tvm, pytest.mark.slow]
+
+CPUS = ["native", "x86-64-v3"]
+SETTINGS = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A first convolution, a channelwise one, a pointwise one and what is added at the end, as a text and its weights.
+
+    Attributes:
+        size: of the image.
+        channels: of the input, between the convolutions, of the result.
+        kernel: of the channelwise convolution; empty for a block without it.
+        first: of the first convolution; empty for a block without it.
+        strides, dilations, pads: of the channelwise convolution.
+        last: whether there is a pointwise convolution behind it.
+    """
+
+    size: tuple[int, int]
+    channels: tuple[int, int, int]
+    kernel: tuple[int, ...] = (3, 3)
+    first: tuple[int, ...] = (1, 1)
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (1, 1, 1, 1)
+    last: bool = True
+    images: int = 1
+
+    def model(self):
+        c, m, o = self.channels
+        at, nodes, weights = "x", [], {}
+        if self.first:
+            k = self.first[0] // 2
+            weights |= {"w0": normal(m, c, *self.first), "b0": normal(m, seed=1)}
+            nodes.append(f"s0 = Conv<pads=[{k},{k},{k},{k}]>({at}, w0, b0)  y0 = Relu(s0)")
+            at = "y0"
+        else:
+            c = m
+        if self.kernel:
+            weights |= {"w1": normal(m, 1, *self.kernel, seed=2)}
+            window = f"strides={list(self.strides)}, dilations={list(self.dilations)}, pads={list(self.pads)}"
+            nodes.append(f"s1 = Conv<group={m}, {window}>({at}, w1)  y1 = HardSwish(s1)")
+            at = "y1"
+        if self.last:
+            weights |= {"w2": normal(o, m, 1, 1, seed=3), "b2": normal(o, seed=4)}
+            nodes.append(f"s2 = Conv({at}, w2, b2)  y2 = Clip(s2)")
+            at = "y2"
+        given = f"float[{self.images},{c},{self.size[0]},{self.size[1]}] x"
+        return model(f"g ({given}) => (float[a,b,c,d] y) {{ {' '.join(nodes)} y = Sigmoid({at}) }}", weights)
+
+    def is_possible(self):
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)] if self.kernel else [1, 1]
+        sizes = zip(self.size, self.pads[:2], self.pads[2:], reach, strict=True)
+        return all(n + before + after >= span for n, before, after, span in sizes)
+
+
+def joined_kernels(proto, target):
+    with llvm_target(target):
+        module, _ = _join.join(fuse(lowered_model(proto, target).module), target)
+    return [v.name_hint for v in module.functions if v.name_hint.startswith("joined")]
+
+
+def run(block, cpu, *, threads=1, cache=0, wanted=1):
+    proto = block.model()
+    target = dataclasses.replace(machine(cpu), threads=threads)
+    target = dataclasses.replace(target, l2=cache or target.l2)
+    found = joined_kernels(proto, target)
+    assert len(found) >= wanted, found
+    with running(proto, target) as (function, _):
+        compare(proto, function, feeds(proto))
+
+
+# By its own rule each is worth it; what it works on is larger than the cache.
+BLOCKS = {
+    "inverted residual": Block((24, 20), (8, 36, 10)),
+    "strided, odd": Block((23, 21), (5, 33, 7), strides=(2, 2), pads=(0, 0, 0, 0)),
+    "separable": Block((25, 19), (40, 40, 12), first=()),
+    "stem": Block((20, 22), (3, 24, 8), first=(3, 3)),
+    "factors without taps between": Block((24, 26), (9, 40, 9), kernel=()),
+    "no last": Block((20, 22), (3, 24, 8), last=False),
+    "tall window of images": Block((22, 9), (4, 17, 5), kernel=(5, 1), dilations=(2, 1), pads=(4, 0, 4, 0), images=3),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=list(BLOCKS))
+def test_blocks_of_rows(block, cpu):
+    run(block, cpu, cache=48 << 10)
+
+
+@given(
+    size=st.tuples(st.integers(2, 24), st.integers(1, 24)),
+    channels=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 50)),
+    kernel=st.sampled_from([(), (3, 3), (5, 5), (1, 3), (3, 1), (2, 4)]),
+    first=st.sampled_from([(), (1, 1), (1, 1), (3, 3)]),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilations=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    pads=st.tuples(*[st.integers(0, 3)] * 4),
+    images=st.integers(1, 3),
+    last=st.booleans(),
+    threads=st.integers(1, 3),
+    cache=st.sampled_from([24, 48, 256]),
+)
+@pytest.mark.parametrize("cpu", CPUS)
+@SETTINGS
+def test_any_block(cpu, monkeypatch, threads, cache, **drawn):
+    block = Block(**drawn)
+    assume(block.is_possible())
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    monkeypatch.setattr(_row_blocks, "_WORTH", -1.0)  # whatever can be joined is
+    run(block, cpu, threads=threads, cache=cache << 10, wanted=0)
