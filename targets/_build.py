@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 import mc_opt
 from mc_opt import ir
@@ -199,7 +199,8 @@ def _write_vm(
 ) -> None:
     constants = _bound.Constants()
     with reporter.step("compile"):
-        pipeline = _pipeline(_bound.bind(constants, has_states=has_states))
+        code = tvm.transform.module_pass(lambda lowered, _: _with_code(lowered), opt_level=0)
+        pipeline = _pipeline(_bound.bind(constants, has_states=has_states), code)
         # Loaders check inputs of fixed sizes, and all else follows: the asserts would be half of the library.
         main = next(f for v, f in module.functions.items() if v.name_hint == "main")
         is_fixed = dims.is_static([dims.dim(d) for p in main.params for d in p.ty.shape])
@@ -211,6 +212,16 @@ def _write_vm(
         executable.export_library(str(folder / "model.so"), fcompile=_linker(), workspace_dir=str(work))
         shutil.rmtree(work)
         constants.write(folder / _manifest.CONSTANTS)
+
+
+def _with_code(module: tvm.IRModule) -> tvm.IRModule:
+    """A lowered module with a kernel that does nothing, where it has none: without machine code TVM has C to link."""
+    if any(isinstance(f, tirx.PrimFunc) for f in module.functions.values()):
+        return module
+    name = "nothing"
+    module = module.clone()
+    module[tvm.ir.GlobalVar(name)] = tirx.PrimFunc([], tirx.Evaluate(0)).with_attr("global_symbol", name)
+    return module
 
 
 def _write_device(

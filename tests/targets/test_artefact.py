@@ -136,6 +136,14 @@ def test_large_outputs_are_the_caller_s_until_nobody_holds_them(large: Path) -> 
     assert np.all(found["z"] == np.float32(1 / 256))
 
 
+def test_a_model_that_computes_nothing(tmp_path: Path) -> None:
+    text = """g (float[3] x) => (float[3] y, float[3,1] column, float[2] z) <float[2] one = {1, 2}, int64[2] s = {3, 1}>
+        { y = Identity(x)  column = Reshape(x, s)  z = Identity(one) }"""
+    mc_opt.build(model(text), CPU, tmp_path)
+    found = mc_opt.load(tmp_path).run({"x": np.arange(3, dtype=np.float32)})
+    assert [array.tolist() for array in found.values()] == [[0, 1, 2], [[0], [1], [2]], [1, 2]]
+
+
 def test_what_does_not_run_here_is_refused(doubled: Path, tmp_path: Path) -> None:
     text = (doubled / "x86/manifest.json").read_text()
     for old, new, message in [
