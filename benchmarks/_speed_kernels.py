@@ -24,6 +24,7 @@ from mc_opt import ir
 from mc_opt.targets import _build, _machine, _manifest, _runtime
 from mc_opt.targets._machine import Activations
 from mc_opt.targets._relax import lower
+from mc_opt.targets.kernels import _join
 
 _RUNS = 20
 _ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Max, tirx.Min)
@@ -126,7 +127,8 @@ def work(source: Path, recipe: str, activations: Activations = "float32") -> dic
     lowered = lower.lower(model, machine, lambda *_: None)
     with _build.target_of(machine):
         module = _build.fuse(lowered.module)
-    functions = {variable.name_hint: function for variable, function in module.functions.items()}
+        joined, _ = _join.join(module, machine)
+    apart, functions = ({v.name_hint: f for v, f in m.functions.items()} for m in (module, joined))
     found: dict[str, dict[str, float]] = {}
     for block in functions["main"].body.blocks:
         for binding in block.bindings:
@@ -137,7 +139,11 @@ def work(source: Path, recipe: str, activations: Activations = "float32") -> dic
             constants = sum(a.value.numpy().nbytes for a in call.args[1].fields if isinstance(a, tvm.ir.GenericConst))
             function = functions[name]
             operands = sum(_bytes(parameter.ty) for parameter in function.params)
-            row = {"flops": sum(_flops(function.body, 1)), "constants": constants, "activations": operands - constants}
+            parts = (
+                [apart[part] for part in function.attrs[_join.PARTS]] if _join.PARTS in function.attrs else [function]
+            )
+            flops = sum(sum(_flops(part.body, 1)) for part in parts)
+            row = {"flops": flops, "constants": constants, "activations": operands - constants}
             if "gather" in name:  # reads what it picks, not the whole table
                 row["constants"] = 0.0
             found.setdefault(name, row)

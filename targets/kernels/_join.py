@@ -23,6 +23,9 @@ from mc_opt.targets.kernels._loops import SCHEDULED
 from mc_opt.targets.kernels._nest import Sums, read_sums, reads
 from mc_opt.targets.kernels._sliding_joined import Stage
 
+# The attribute of a PrimFunc that names the kernels in it.
+PARTS = "mc_opt.parts"
+
 # Blocks of sums to which zeros beyond an image add nothing.
 _CONVOLUTIONS = ("mc_conv", "mc_depthwise")
 
@@ -56,6 +59,7 @@ def join(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list[str
                 if key not in made:
                     named = [_renamed(call.stage, k) for k, call in enumerate(calls)]
                     kernel = _sliding_joined.written(named, cut.high, machine)
+                    kernel = kernel.with_attr(PARTS, [v.name_hint for v in key])
                     made[key] = builder.add_func(kernel, "joined_" + "_".join(v.name_hint for v in key))
                 replaced[calls[-1].result] = _joined(calls, made[key])
             notes.append(_said(run, cuts))
