@@ -28,7 +28,8 @@ def recognise(model: onnx_ir.Model) -> None:
         attributes = [onnx_ir.AttrFloat32("epsilon", epsilon)]
         y, old = _renamed(last.outputs[0]), _behind(last, x)
         added = x.producer()
-        if added is not None and _is_sum_of_two(added):
+        # A node that holds the scale may come after the sum.
+        if added is not None and _is_sum_of_two(added) and scale.producer() is None:
             total = _renamed(x)
             inputs, outputs = [*added.inputs, scale], [y, *(_nothing(y, k) for k in range(2)), total]
             made = onnx_ir.Node(*SKIP, inputs, attributes, outputs=outputs, name=last.name)
@@ -65,6 +66,8 @@ def _shift(model: onnx_ir.Model, last: onnx_ir.Node) -> None:
     for bias, value in _either_way(last, "Add"):
         made = _made_by(value, "LayerNormalization")
         if made is None or len(made.inputs) > 2 or not _is_constant(bias):
+            continue
+        if value is not made.outputs[0] or any(v.uses() or v.is_graph_output() for v in made.outputs[1:]):
             continue
         x, scale = made.inputs
         if scale is None or scale.shape is None or bias.shape != scale.shape or scale.shape.rank() != 1:

@@ -66,6 +66,14 @@ def _spelled_out(
         {more or "z = Add(x, a)"} }}"""
 
 
+# The scale comes after the sum.
+LATE = (
+    _spelled_out(scaled="late, n")
+    .replace("[2,1,70] x>", "[2,1,70] x, float[70] late>")
+    .replace("y =", f"late = Constant<value_floats={[0.5] * 70}>() y =")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "op"),
     [
@@ -77,6 +85,7 @@ def _spelled_out(
         (_spelled_out(normalised="r = Pow(v, less) n = Mul(x, r)"), "SkipSimplifiedLayerNormalization"),
         (_spelled_out(normalised="d = Sqrt(v) r = Div(two, d) n = Mul(r, x)"), ""),
         (_spelled_out(power="4"), ""),
+        (LATE, "RMSNormalization"),
         (_spelled_out(more="z = Mul(n, a)"), ""),
     ],
 )
@@ -273,3 +282,11 @@ def test_elementary_functions(name):
     assert np.array_equal(y[~finite], wanted32[~finite], equal_nan=True)
     # A few units in the last place; erf is a quotient of polynomials and loses two more bits near ±4.
     assert np.all(np.abs(y[finite] - wanted[finite]) <= 4e-7 * np.maximum(np.abs(wanted[finite]), 1e-30))
+
+
+@pytest.mark.parametrize("added", ["y", "mean"])
+def test_a_row_is_added_behind_a_layer_normalisation_whose_statistics_are_used(added):
+    x, y, mean = "float[4,70] x", "float[4,70] z", "float[4,1] mean"
+    body = f"y, mean = LayerNormalization(x, s) z = Add({added}, c)"
+    outputs = f"{y}, {mean}" if added == "y" else y
+    check(f"g ({x}) => ({outputs}) {{ {body} }}", {"s": normal(70), "c": normal(70, seed=1)})
