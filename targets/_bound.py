@@ -6,7 +6,7 @@ their places in one workspace. The library's functions `constants` and `places` 
 which say what stands where in the file and in the workspace: main's last arguments, in this order, given once. Rows of
 `written` are of (type, shape, number of an output): memory that main's arguments behind the inputs are views of, as
 large as the largest. Rows of `outputs`, a row each, say what the outputs are there. Without rows main returns its
-outputs as tensors of their own: an open size is not known before, and a state may be an input.
+outputs as tensors of their own: an open size is not known before, a state may be an input, and so may an output.
 """
 
 from __future__ import annotations

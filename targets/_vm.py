@@ -52,6 +52,8 @@ class Artefact:
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs for one set of inputs, in the model's order; safe to call from several threads.
 
+        Large inputs are read where they are: nobody may write to them meanwhile.
+
         Raises:
             DataError: an input is missing, unknown, or has another shape or type.
         """
