@@ -235,8 +235,16 @@ def _write_device(
 ) -> None:
     with reporter.step("compile"):
         _device.register()
-        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline())
-        device = _device.device_module(executable, {v.name_hint for v in module.functions} - {"main"})
+        names: set[str] = set()
+
+        def keep(lowered: tvm.IRModule, _context: Any) -> tvm.IRModule:
+            # Some kernels became views on the way.
+            names.update(v.name_hint for v, f in lowered.functions.items() if isinstance(f, tirx.PrimFunc))
+            return lowered
+
+        last = tvm.transform.module_pass(keep, opt_level=0, name="Kept")
+        executable = tvm.compile(module, target=target, relax_pipeline=_pipeline(last))
+        device = _device.device_module(executable, names & {v.name_hint for v in module.functions})
     with reporter.step("link"):
         _device.link(executable, device, folder / "model.so", arch=arch, code=code)
 

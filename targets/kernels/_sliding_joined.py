@@ -168,6 +168,11 @@ class _Joined:
         """
         self.held = [T.sblock_alloc_buffer((rows.size,), self.dtype) for rows in self.rows]
         zero = self.index(0)
+        if self.rows[0].above is not None:
+            # TVM puts a buffer where all of its uses are, and lets another have its memory behind the last of them: a
+            # ring that was used in the loop alone would be made anew in each turn.
+            lanes = self.machine.lanes
+            _loops.store(self.held[0], _loops.splat(0.0, lanes, self.dtype), zero, lanes=lanes)
         with T.serial(zero, images[1]) as i, T.serial(zero, blocks[1]) as k:
             image, block = images[0] + i, blocks[0] + k
             first = block * self.high

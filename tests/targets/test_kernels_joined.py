@@ -111,6 +111,15 @@ def test_blocks_of_rows(block, cpu, threads, monkeypatch):
     run(block, cpu, threads=threads, cache=48 << 10)
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("right", [1, 3])
+def test_rows_of_a_ring_are_those_of_the_block_before(right, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    monkeypatch.setattr(_row_blocks, "_WORTH", -1.0)
+    # Of this size another buffer had the ring's memory between two blocks.
+    run(Block((24, 12), (3, 16, 8), kernel=(3, right), pads=(0, 0, 0, right)), "native", cache=24 << 10)
+
+
 @given(
     size=st.tuples(st.integers(2, 24), st.integers(1, 24)),
     channels=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 50)),
