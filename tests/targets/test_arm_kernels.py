@@ -34,10 +34,10 @@ IN_CI = {
 def _on_arm(test: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a test without the cases of another processor, and with its own place in `make test`."""
     copy = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
-    copy.__dict__.update(test.__dict__)
     marks = [_cases(mark) if mark.name == "parametrize" else mark for mark in getattr(test, "pytestmark", [])]
     kept = [mark for mark in marks if mark.name != "ci"]
-    copy.pytestmark = [*kept, pytest.mark.ci.mark] if test.__name__ in IN_CI else kept  # type: ignore[attr-defined]
+    own = [pytest.mark.ci.mark] if test.__name__ in IN_CI else []
+    copy.__dict__.update(test.__dict__, pytestmark=[*kept, *own])
     return copy
 
 
