@@ -39,8 +39,8 @@ def predicted_time(
     Of every stage of a chain (a dense layer is a chain of one factor): its multiply-adds, where the dimension that
     stands in vectors is rounded up to whole vectors, and one vector alone waits for what it reads; its weights, read
     once; what it writes for the next kernel to read; what it costs to transpose channels behind those that it sums
-    over, where that is cheaper than short vectors; and what a call of a kernel costs beside them. Stages of images
-    that run as one kernel (`_row_blocks`; taken to be one image, as wide as high) hand nothing on. Padding, tails of
+    over, where that is cheaper than short vectors; and what a call of a kernel costs beside them. Stages that run as
+    one kernel (`_row_blocks`; positions of an image taken to be as wide as high) hand nothing on. Padding, tails of
     tiles and other misses of a cache are not modelled.
 
     Args:
@@ -139,6 +139,8 @@ def _stage_time(
     weights = math.prod(chain.shapes[k - 1]) * itemsize
     sums = steps * (price.mul + price.add)
     part = None
+    if not chain.spatial and groups == ahead == passed == behind == 1:
+        part = Part(place, 1, made, 1, 1, 0, weights, rows * made * depth, channelwise=False, itemsize=itemsize)
     if chain.spatial == 2 and ahead == passed == behind == 1:
         side, span = max(math.isqrt(place), 1), chain.kernel(k)[0]
         stride = max(round(math.sqrt(before / place)), 1)

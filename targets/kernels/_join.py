@@ -1,7 +1,8 @@
 """Convolutions of a lowered model that run as one kernel, a block of rows at a time: found in main, and replaced there.
 
-Pointwise and channelwise convolutions in a row are looked at: stages of a factored layer, blocks of a MobileNet. They
-are joined where `_row_blocks` predicts that it saves time.
+Products of all rows with one matrix, pointwise and channelwise convolutions in a row are looked at: stages of a
+factored layer, a feed-forward network, blocks of a MobileNet. They are joined where `_row_blocks` predicts that it
+saves time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mc_opt.targets.kernels._sliding_joined import Stage
 PARTS = "mc_opt.parts"
 
 # Blocks of sums to which zeros beyond an image add nothing.
-_CONVOLUTIONS = ("mc_conv", "mc_depthwise")
+_CONVOLUTIONS = ("mc_conv", "mc_depthwise", "mc_gemm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _said(run: list[_Call], cuts: list[_row_blocks.Joined]) -> str:
 
 
 def _stage(function: Any) -> Stage | None:
-    """What a kernel does when it is a convolution of images of fixed sizes and a dense weight; None for any other."""
+    """What a convolution or product of fixed sizes with a dense weight does; None for any other kernel."""
     if function.attrs and SCHEDULED in function.attrs:
         return None
     state = s_tir.Schedule(function)
@@ -119,7 +120,7 @@ def _stage(function: Any) -> Stage | None:
         sums = read_sums(first, rest[0] if rest else None)
     except ValueError:
         return None
-    if not dims.is_static(sums.extents) or len(window.axes) != 2:
+    if not dims.is_static(sums.extents) or len(window.axes) > 2:
         return None
     source = _source(sums)
     return None if source is None else Stage(tuple(state.mod["main"].params), source, sums, window)

@@ -55,8 +55,16 @@ class Stage:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What it writes: images, rows, columns, channels."""
-        return tuple(int(n) for n in self.sums.extents)
+        """What it writes: images, rows, columns, channels; rows of a product are rows of one column."""
+        *images, channels = (int(n) for n in self.sums.extents)
+        if self.is_product:
+            images = [*([1] if len(images) == 1 else []), *images, 1]
+        return (*images, channels)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its positions are one axis."""
+        return len(self.window.axes) == 1
 
     @functools.cached_property
     def part(self) -> Part:
@@ -106,7 +114,10 @@ class Rows:
         return place * (self.width * self.pitch)
 
     def index(self, position: Sequence[Expr], first: Expr) -> Expr:
-        """Where an element of the tensor is, given as image, row, column, channel."""
+        """Where an element of the tensor is, given as image, row, column, channel; of a product without the column."""
+        if len(position) < 4:
+            *_, row, channel = position
+            return self.at(row, first) + channel
         _, row, column, channel = position
         return self.at(row, first) + column * self.pitch + channel
 
@@ -221,7 +232,8 @@ class _Joined:
             dense.input_bytes = self._input_bytes(number, count)
             dense.flat = dense.flat and number > 0
             dense.sums = self._moved(number, first)
-            region = Region(0, 1, row * width, count * width) if dense.flat else Region(row, count, 0, width)
+            in_one = dense.flat or stage.is_product
+            region = Region(0, 1, row * width, count * width) if in_one else Region(row, count, 0, width)
             dense.part(image, region)
             return
         window = stage.window
@@ -239,8 +251,8 @@ class _Joined:
         if number:
             return self.rows[number - 1].size * np.dtype(self.dtype).itemsize
         stage = self.stages[0]
-        _, along = stage.window.axes
-        return stage.part.reach(rows) * along.held * int(stage.source.shape[-1]) * np.dtype(self.dtype).itemsize
+        along = 1 if stage.is_product else stage.window.axes[1].held
+        return stage.part.reach(rows) * along * int(stage.source.shape[-1]) * np.dtype(self.dtype).itemsize
 
     def _moved(self, number: int, first: Expr) -> Sums:
         """The sums of a stage that reads and writes buffers in the place of tensors."""

@@ -6,11 +6,12 @@ the ranks that end with it. What stands before these is only more positions of a
 behind them goes into vectors (`kron_left`), a few at a time beside others (`kron_spread`). Only where neither fits are
 dimensions moved.
 
-Each stage is a kernel here; pointwise and channelwise ones in a row are joined afterwards where that saves time
-(`_join`): canonical polyadic factors of large images, which run 1.15 to 1.33 times as fast so. Others stay apart. Both
-stages of a product of 64 to 256 rows, and of pointwise factors, run at 93 to 98 % of the processor's multiply-adds as
-they are (measured with AVX-512), the tensor between them in the second-level cache. One row reads weights, and every
-column of the second stage needs all of the first. Stages with taps over many channels make few numbers in between.
+Each stage is a kernel here; products, pointwise and channelwise convolutions in a row are joined afterwards where that
+saves time (`_join`): canonical polyadic factors of large images, and products of many rows whose ranks are many beside
+their inputs and outputs. Others stay apart. Both stages of a product of 64 to 256 rows, and of pointwise factors, run
+near the processor's multiply-adds as they are, the tensor between them in the second-level cache. One row reads
+weights, and every column of the second stage needs all of the first. Stages with taps over many channels make few
+numbers in between.
 """
 
 from __future__ import annotations
@@ -339,10 +340,16 @@ def _convolve(running: Running, step: Step, bias: Bias) -> tuple[relax.Expr, lis
 
 
 def _takes_rows(running: Running, *, last: bool) -> bool:
-    """Whether the loops of a convolution take all rows; what follows the last stage runs in them if no view does."""
-    if running.e.machine.kind == "cuda" or not dims.is_static(running.positions):
+    """Whether the loops of a convolution take all rows; what follows the last stage runs in them if no view does.
+
+    The rows of a matrix are those of products in every stage, so that no view stands between two that may be joined.
+    """
+    positions = running.positions
+    if running.e.machine.kind == "cuda" or not dims.is_static(positions):
         return False
-    return not last or _are_pictures(running.positions)
+    if len(positions) == 1 and positions[0] >= _FEW:
+        return False
+    return not last or _are_pictures(positions)
 
 
 def _are_pictures(positions: Sequence[Dim]) -> bool:

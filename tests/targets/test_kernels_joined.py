@@ -120,6 +120,47 @@ def test_rows_of_a_ring_are_those_of_the_block_before(right, monkeypatch):
     run(Block((24, 12), (3, 16, 8), kernel=(3, right), pads=(0, 0, 0, right)), "native", cache=24 << 10)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A factored linear layer with an activation: rows [*lead, inputs], ranks, outputs."""
+
+    lead: tuple[int, ...]
+    inputs: int
+    ranks: int
+    outputs: int
+
+    def model(self):
+        weights = {"f1": normal(self.ranks, self.outputs, 1), "f2": normal(self.ranks, 1, self.inputs, seed=1)}
+        weights["b"] = normal(self.outputs, seed=2)
+        lead = ",".join(map(str, self.lead))
+        given, made = f"float[{lead},{self.inputs}] x", f"float[{lead},{self.outputs}] y"
+        return model(f"g ({given}) => ({made}) {{ z = mc_opt.KronLinear(x, b, f1, f2) y = Relu(z) }}", weights)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("cpu", "threads"), [("native", 1), ("x86-64-v3", 2)])
+@pytest.mark.parametrize("lead", [(480,), (1, 480), (3, 160)], ids=str)
+def test_a_factored_linear_layer_of_many_ranks_is_one_kernel(lead, cpu, threads, monkeypatch):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    run(Rows(lead, 17, 70, 21), cpu, threads=threads, cache=48 << 10)
+
+
+@given(
+    lead=st.one_of(st.tuples(st.integers(1, 90)), st.tuples(st.integers(1, 4), st.integers(1, 60))),
+    inputs=st.integers(1, 50),
+    ranks=st.integers(1, 70),
+    outputs=st.integers(1, 50),
+    threads=st.integers(1, 3),
+    cache=st.sampled_from([24, 48, 256]),
+)
+@pytest.mark.parametrize("cpu", CPUS)
+@SETTINGS
+def test_any_factored_linear_layer(cpu, monkeypatch, threads, cache, **drawn):
+    monkeypatch.setattr(_split, "_WORTH", 0)
+    monkeypatch.setattr(_row_blocks, "_WORTH", -1.0)
+    run(Rows(**drawn), cpu, threads=threads, cache=cache << 10, wanted=0)
+
+
 @given(
     size=st.tuples(st.integers(2, 24), st.integers(1, 24)),
     channels=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 50)),
