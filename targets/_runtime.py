@@ -22,7 +22,7 @@ import numpy as np
 from mc_opt.targets._manifest import Port
 
 # Bytes up to which inputs and outputs are copied, and memories of a larger output that are kept for later runs.
-_SMALL, _KEPT = 1 << 15, 3
+_SMALL, _KEPT = 1 << 16, 3
 # TVM's kernels load whole vectors from the beginning of a tensor.
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20

@@ -50,7 +50,16 @@ def test_what_comes_before_a_batch_is_not_timed() -> None:
 def test_batches_take_at_least_so_long() -> None:
     machine = Machine()
     series = _timing.interleave({"a": machine.thing("a", 0.003)}, rounds=5, clock=machine.clock)
-    assert series["a"].calls == 7 and len(machine.order) == 2 + 5 * 2 * 7
+    assert series["a"].calls == 7 and len(machine.order) == (1 + 7) + 5 * 2 * 7
+
+
+def test_the_first_calls_of_many_do_not_make_a_batch_short() -> None:
+    machine = Machine()
+    fast, slow = machine.thing("a", 0.003), machine.thing("s", 0.012)
+    series = _timing.interleave(
+        {"a": lambda: (fast if len(machine.order) > 1 else slow)()}, rounds=5, clock=machine.clock
+    )
+    assert series["a"].calls == 7
 
 
 def test_a_budget_ends_it_but_not_too_soon() -> None:
