@@ -21,12 +21,12 @@ from mc_opt.targets.kernels import lookup_gemv
 
 
 def product(e: Emitter, node: onnx_ir.Node, a: relax.Expr) -> relax.Expr | None:
-    """a: [.., m, k], the left operand of a MatMul -> [.., m, n]; sets the outputs of the products that it joins.
+    """a: [.., m, k], the rows of a MatMul's left operand -> [.., m, n]; sets the outputs of the products that it joins.
 
     None where there is nothing to join, or no kernel for what is joined.
     """
-    parts = _parts(e, node)
-    if len(parts) < 2:
+    left, parts = node.inputs[0], _parts(e, node)
+    if left is None or len(parts) < 2:
         return None
     whole = lookup_gemv.with_packed(e, a, _side_by_side([weight for _, weight in parts]), None)
     if whole is None:
@@ -36,8 +36,10 @@ def product(e: Emitter, node: onnx_ir.Node, a: relax.Expr) -> relax.Expr | None:
     for _, weight in parts:
         results.append(_columns(e, whole, first, weight.shape[1]))
         first += weight.shape[1]
-    for (part, _), result in zip(parts[1:], results[1:], strict=True):
-        e.set_ahead(part.outputs[0], result)
+    # `a` may have the rows of a batch in one axis, and nobody else gives an output that is set ahead its shape.
+    lead = e.shape(left)[:-1]
+    for (part, weight), result in zip(parts[1:], results[1:], strict=True):
+        e.set_ahead(part.outputs[0], e.reshape(result, (*lead, weight.shape[1])))
     return results[0]
 
 
@@ -66,8 +68,13 @@ def _is_joinable(weight: LookupWeight) -> bool:
 
 def _fit(a: LookupWeight, b: LookupWeight) -> bool:
     """Whether two weights differ in their codes, scales and columns alone."""
-    same = (a.bits, a.group_size, a.shape[0]) == (b.bits, b.group_size, b.shape[0])
+    same = (a.bits, a.group_size, a.shape[0], _scales(a)) == (b.bits, b.group_size, b.shape[0], _scales(b))
     return same and a.codebook.dtype == b.codebook.dtype and np.array_equal(a.codebook, b.codebook)
+
+
+def _scales(weight: LookupWeight) -> int:
+    """The scales of a column: one for each group, or one for all of them."""
+    return 0 if weight.scale is None else weight.scale.shape[1]
 
 
 def _side_by_side(weights: list[LookupWeight]) -> LookupWeight:

@@ -97,8 +97,8 @@ def test_a_convolution_with_two_terms_and_a_sum_that_is_an_output():
     check(f"g (float[1,4,8,8] x) => ({outputs}) {{ {node} y = Conv(x, w) }}", weights)
 
 
-def several(*parts):
-    """Products of x [2, 64] with packed weights of so many columns each, and what they hold."""
+def several(*parts, lead="2,"):
+    """Products of x [*lead, 64] with packed weights of so many columns each, and what they hold."""
     lines, weights = [], {}
     for k, (columns, form) in enumerate(parts):
         node, held = packed((64, columns), (1,), 4, **form)
@@ -106,8 +106,8 @@ def several(*parts):
             node = node.replace(name, f"{name}{k}", 1)
             weights[f"{name}{k}"] = steps(4) if name == "book" else array
         lines.append(f"{node.replace('w =', f'w{k} =')} y{k} = MatMul(x, w{k})")
-    outputs = ", ".join(f"float[2,{columns}] y{k}" for k, (columns, _) in enumerate(parts))
-    return f"g (float[2,64] x) => ({outputs}) {{ {' '.join(lines)} }}", weights
+    outputs = ", ".join(f"float[{lead}{columns}] y{k}" for k, (columns, _) in enumerate(parts))
+    return f"g (float[{lead}64] x) => ({outputs}) {{ {' '.join(lines)} }}", weights
 
 
 @pytest.mark.parametrize("cpu", PROCESSORS)
@@ -125,6 +125,17 @@ def test_products_of_one_input_are_one_where_their_weights_are_alike(cpu):
     ]
     assert sum(kernel.startswith("lookup product: ") for kernel in lowered.kernels) == 3
     assert "MatMul by lookup_gemv, columns: y0, y1, y2, y3, y4" in lowered.kernels
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("lead", ["", "3,1,"], ids=["one row", "a batch of one row each"])
+def test_products_that_are_one_have_the_shapes_of_each(lead):
+    check(*several((24, {}), (50, {}), lead=lead))
+
+
+def test_products_whose_groups_have_other_scales_are_two():
+    check(*several((24, {"group": 32, "scale": "groups"}), (50, {"group": 32, "scale": "rows"})))
 
 
 def test_a_gemm_of_some_rows_adds_its_bias():
