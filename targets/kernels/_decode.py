@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from mc_opt.ir import canonical, restore, unpack_codes
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
-from mc_opt.targets.kernels import _loops, _table, _tbl
+from mc_opt.targets.kernels import _loops, _pshufb, _table, _tbl
 from mc_opt.targets.kernels._loops import Buffer, Expr
 from mc_opt.targets.kernels._table import Form, Table
 
@@ -34,17 +34,20 @@ class Tiles:
 
     Attributes:
         shape: (t, *inner, c).
-        words: int32 [t, c / lanes, ceil(K / per), lanes]: code j of a word is row (word · per + j).
+        words: int32 [t, c / lanes, ceil(K / per), lanes]: code j of a word is row (word · per + j); or their bytes in
+            the order of `_pshufb`.
         codebook: shared: [n] filled up to 2^bits and repeated up to whole registers, so that a permutation by a
             lane's low bits finds it whatever stands above them; of 1 or 2 bits with AVX-512 a register for each code
-            of four bits, so that it finds them all by one index; or what `_tbl.tables` makes of it; or one a group:
-            [t, c, G, n], flat; or [1], the code of zero of entries in even steps, whose step is in the scale.
+            of four bits, so that it finds them all by one index; or what `_tbl.tables` or `_pshufb.tables` makes of
+            it; or one a group: [t, c, G, n], flat; or [1], the code of zero of entries in even steps, whose step is in
+            the scale.
         scale: None, or [t, G, c].
         offset: None, or [t, G, c].
         group: int32 [K], the group of each row; None when there is one group.
         bits: width of a code.
         entries: 0 for a shared codebook, else the size n of each.
-        step: of entries in even steps, which the scales have in them; else None.
+        step: what the scales have in them: of entries in even steps, or of short ones; else None.
+        is_in_bytes: whether codebook and words are those of `_pshufb`.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +59,7 @@ class Tiles:
     bits: int
     entries: int
     step: np.float32 | None
+    is_in_bytes: bool = False
 
     @property
     def per(self) -> int:
@@ -84,8 +88,9 @@ class Tiles:
             groups=1 if self.group is None else int(self.group.max()) + 1,
             has_scale=self.scale is not None,
             has_offset=self.offset is not None,
-            is_short=tables and _tbl.is_short(self.codebook),
-            is_even=self.step is not None,
+            is_short=tables and not self.is_in_bytes and _tbl.is_short(self.codebook),
+            is_even=self.step is not None and not self.is_in_bytes,
+            is_in_bytes=self.is_in_bytes,
         )
 
 
@@ -115,8 +120,8 @@ def codes_of(weight: LookupWeight) -> np.ndarray:
     return restore(flat.reshape(rows, columns), weight.shape, weight.axes)
 
 
-def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
-    """The weight in the order that `pack` gives a dense one.
+def arrange(weight: LookupWeight, pack: Pack, machine: Machine, *, by_word: bool = False) -> Tiles | None:
+    """The weight in the order that `pack` gives a dense one; `by_word` for a consumer that decodes words as a whole.
 
     None when a column of a tile is not one row of the weight, or the rows of a tile are not in one group each:
     then a consumer decodes the weight in its own shape.
@@ -129,8 +134,10 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
     lanes = math.gcd(columns, machine.lanes)
     words = _words(codes.reshape(tiles, depth, columns), weight.bits, lanes)
     shared = weight.codebook.size == weight.codebook.shape[-1]
+    in_bytes = by_word and shared and _table.takes_pshufb(weight.bits, lanes, machine)
+    short = _pshufb.tables(weight.codebook) if in_bytes else None
     even = _table.even(weight.codebook, weight.bits, lanes, machine) if shared else None
-    book, step = even if even is not None else (None, None)
+    book, step = short or even or (None, None)
     if _is_uniform(weight):
         row, group, groups = np.zeros((tiles, columns), np.int32), np.zeros(depth, np.int32), 1
     else:
@@ -150,7 +157,7 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
         scale = step * (np.ones((1, 1), np.float32) if scale is None else scale)
     return Tiles(
         shape=codes.shape,
-        words=words,
+        words=words if short is None else _pshufb.in_order(words),
         codebook=book,
         scale=_spread(scale, row, groups),
         offset=_spread(weight.offset, row, groups),
@@ -158,6 +165,7 @@ def arrange(weight: LookupWeight, pack: Pack, machine: Machine) -> Tiles | None:
         bits=weight.bits,
         entries=0 if shared else weight.codebook.shape[-1],
         step=step,
+        is_in_bytes=short is not None,
     )
 
 
@@ -240,7 +248,7 @@ def _spread_books(codebook: np.ndarray, row: np.ndarray, groups: int) -> np.ndar
 
 def tiled(e: Emitter, weight: LookupWeight, pack: Pack) -> relax.Expr | None:
     """Emit the kernel that decodes a weight into `pack`'s order; None when the order does not allow it."""
-    tiles = arrange(weight, pack, e.machine)
+    tiles = arrange(weight, pack, e.machine, by_word=True)
     if tiles is None:
         return None
     arrays = arrays_of(tiles)

@@ -1,7 +1,7 @@
 """A codebook as kernels read it: permutations of registers, arithmetic where its entries are even steps, else a gather.
 
 A permutation of AVX-512 finds one of 32 entries, so that 256 are eight permutations and a choice among these. One of
-AVX2 finds eight: more than 16 entries are gathered from the first cache there.
+AVX2 finds eight: more than 16 entries are gathered from the first cache there, and 16 may be found by their bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
-from mc_opt.targets.kernels import _loops, _tbl
+from mc_opt.targets.kernels import _loops, _pshufb, _tbl
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 # Lanes of AVX-512, whose permutations take indices of four bits, and of AVX2.
@@ -38,6 +38,7 @@ class Form:
         has_offset: whether offsets are added.
         is_short: whether the lower two bytes of all entries are zero, as those of powers of two are.
         is_even: whether an entry is its code less the first of the codebook, and the scales have the step.
+        is_in_bytes: whether the codebook and the words are those of `_pshufb`.
     """
 
     bits: int
@@ -49,6 +50,7 @@ class Form:
     has_offset: bool
     is_short: bool
     is_even: bool
+    is_in_bytes: bool
 
     @property
     def per(self) -> int:
@@ -57,7 +59,7 @@ class Form:
 
     def registers(self, machine: Machine) -> int:
         """Registers that hold the codebook for a permutation; 0 when there is none for it."""
-        if self.has_tables(machine):
+        if self.is_in_bytes or self.has_tables(machine):
             return 4
         if self.entries or self.is_even or _permutation(self.lanes) not in machine.features:
             return 0
@@ -108,11 +110,15 @@ class Table:
     def place(self, j: int) -> int:
         """The bit of a word that a permutation needs at the bottom of a lane to find code j."""
         bits = self.form.bits
+        if self.form.is_in_bytes:
+            return 0
         return bits * j // 4 * 4 if self._in_fours else bits * j
 
     def value(self, word: Expr, j: int, t: Expr, v: Expr, g: Expr, *, past: int = 0) -> Expr:
         """The codebook entries of code j of each lane of a word, of which the lowest `past` bits are gone already."""
         bits, lanes = self.form.bits, self.form.lanes
+        if self.form.is_in_bytes:
+            return _pshufb.value(self._codebook, word, j)
         if self._tbl:
             return _tbl.value(self._codebook, word, j, bits, is_short=self.form.is_short)
         shift = self.place(j) - past
@@ -167,6 +173,11 @@ class Table:
 def takes_tbl(bits: int, lanes: int, machine: Machine) -> bool:
     """Whether a shared codebook becomes tables of NEON's `tbl`."""
     return "neon" in machine.features and lanes == _tbl.LANES and bits <= _tbl.MOST_BITS
+
+
+def takes_pshufb(bits: int, lanes: int, machine: Machine) -> bool:
+    """Whether a shared codebook becomes tables of AVX2's `vpshufb` where its entries are short."""
+    return (bits, lanes) == (_pshufb.BITS, _pshufb.LANES) and _permutation(lanes) in machine.features
 
 
 def even(codebook: np.ndarray, bits: int, lanes: int, machine: Machine) -> tuple[np.ndarray, np.float32] | None:

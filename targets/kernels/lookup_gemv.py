@@ -25,6 +25,7 @@ from mc_opt.targets.kernels import (
     _lookup_rows,
     _loops,
     _prefetch,
+    _pshufb,
     _tbl,
     _weights,
     lookup_gemm,
@@ -56,7 +57,7 @@ def _vectors(rows: int, machine: Machine) -> int:
         # NEON's tables, and the four vectors that they make at a time, take registers from the sums: more would spill.
         return 2 if machine.kind == "arm" else 1
     room = machine.registers - 8
-    return min(_MOST_VECTORS, room // rows) if 3 * rows <= room else 0
+    return min(_MOST_VECTORS, room // rows) if lookup_gemm.vectors(machine) * rows <= room else 0
 
 
 def _columns(rows: int, n: int, machine: Machine) -> dict[str, int]:
@@ -123,7 +124,7 @@ def with_packed(
     def pack(array: np.ndarray) -> np.ndarray:
         return _weights.pack_columns(array.T if transposed else array, columns)
 
-    tiles = _decode.arrange(lookup, pack, e.machine)
+    tiles = _decode.arrange(lookup, pack, e.machine, by_word=True)
     if tiles is None or not (_in_threads(e, tiles) or tiles.form.is_vectorised(e.machine)):
         return None
     words = _in_a_row(tiles) if at_once and e.machine.kind == "x86" else tiles.words
@@ -195,6 +196,8 @@ def _body(
         order = [(j, v) for j in range(number) for v in range(vectors)]
         if machine.kind == "arm":  # `tbl` decodes four codes of a word: too many words at once do not fit in registers
             order.sort(key=lambda at: (at[1], _tbl.turn(at[0], tiles.bits)))
+        elif tiles.is_in_bytes:
+            order.sort(key=lambda at: (_pshufb.turn(at[0])[0], at[1]))
         for j, v in order:
             # A vector that begins in the middle of a word has the upper half at the bottom of each lane: one shift
             # less. It lies across two cache lines, so that more of them, from each byte on, would gain nothing.

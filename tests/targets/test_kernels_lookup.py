@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mc_opt import targets
 from mc_opt.targets import _machine
 from mc_opt.targets._relax import lower
+from mc_opt.targets.kernels import _pshufb
 from tests import _seccomp
-from tests.targets._kernels import check, compare, feeds, machine, model, normal, reference, running
+from tests.targets._kernels import build, check, compare, feeds, machine, model, normal, reference, running
 from tests.targets.test_kernels_gemm import packed
 
 pytestmark = pytest.mark.tvm
@@ -61,6 +62,49 @@ def test_codes_of_many_bits_are_decoded_in_registers(form, is_even, cpu):
     assert not any(kernel.startswith("decode: ") for kernel in lowered.kernels)
     check(text(1, 67, 70, node), weights, cpu=cpu)
     check(text(16, 67, 70, node), weights, cpu=cpu)
+
+
+def powers(bits):
+    """Signed powers of two."""
+    levels = 2.0 ** np.arange(1 << (bits - 1))
+    return np.concatenate([levels, -levels]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("book", "step"),
+    [
+        (powers(4), None),
+        (np.arange(-8, 8), None),
+        (np.arange(-8, 8) - 0.5, None),
+        (0.3 * powers(4), 0.3 * 128),
+        (steps(4), 0.3 / 16),
+        ([0.7, -0.7, 0], 0.7),
+        (np.zeros(16), None),
+    ],
+)
+def test_short_entries_have_tables_of_bytes(book, step):
+    book = np.float32(book)
+    made, factor = _pshufb.tables(book)
+    assert factor == (None if step is None else pytest.approx(step))
+    low, high = (made[part : part + 16].view(np.uint8).astype(np.uint32) for part in (0, 32))
+    found = (high << 24 | low << 16).view(np.float32)[: len(book)] * (factor or np.float32(1))
+    assert np.abs(found - book).max() <= np.finfo(np.float32).eps * np.abs(book).max()
+
+
+@pytest.mark.parametrize("book", [normal(16), [1.0, np.inf], [np.nan, 2], [3e38, -3e38, 1.1e38]])
+def test_other_entries_have_none(book):
+    assert _pshufb.tables(np.float32(book)) is None
+
+
+@pytest.mark.parametrize(("book", "rows"), [(powers(4), 5), (steps(4), 1)])
+@pytest.mark.slow
+@pytest.mark.ci
+def test_short_entries_are_found_by_their_bytes_on_avx2(book, rows):
+    node, weights = packed((67, 70), (1,), 4, **GROUPED)
+    proto = model(text(rows, 67, 70, node), weights | {"book": book, "b": normal(70)})
+    _, module, _ = build(proto, machine("x86-64-v3"))
+    assert "llvm.x86.avx2.pshuf.b" in module.script() and "llvm.x86.avx2.permps" not in module.script()
+    check(text(rows, 67, 70, node), weights | {"book": book}, cpu="x86-64-v3")
 
 
 def two_terms(shape, axes, bits, **form):
@@ -154,14 +198,14 @@ def test_a_gemm_of_some_rows_adds_its_bias():
     bits=st.integers(1, 8),
     group=st.sampled_from([0, 8, 32, 33, 64]),
     offset=st.booleans(),
-    is_even=st.booleans(),
+    book=st.sampled_from([None, steps, powers]),
     cpu=st.sampled_from(PROCESSORS),
 )
-def test_products_of_any_size(rows, depth, columns, bits, group, offset, is_even, cpu):
+def test_products_of_any_size(rows, depth, columns, bits, group, offset, book, cpu):
     scale = "groups" if group else "rows"
     node, weights = packed((depth, columns), (1,), bits, group=group, scale=scale, offset=offset)
-    if is_even:
-        weights["book"] = steps(bits)
+    if book is steps or (book and bits <= 4):  # powers of two of more bits are no floats
+        weights["book"] = book(bits)
     check(text(rows, depth, columns, node), weights, cpu=cpu)
 
 
@@ -175,8 +219,7 @@ def int8(rows, depth, columns, bits, *, tolerance=1e-5, **form):
     """A product with weights of ±1, ±2, .. is that of the rounded inputs; other levels are rounded too."""
     node, weights = packed((depth, columns), (1,), bits, **form)
     if tolerance == 1e-5 and bits <= 3:
-        levels = 2.0 ** np.arange(2 ** (bits - 1))
-        weights["book"] = np.concatenate([levels, -levels]).astype(np.float32)
+        weights["book"] = powers(bits)
     elif tolerance == 1e-5:
         weights["book"] = np.arange(1 << bits).astype(np.float32) - (1 << (bits - 1))
     proto = model(f"g (float[{rows},{depth}] x) => (float[{rows},{columns}] y) {{ {node} y = MatMul(x, w) }}", weights)
