@@ -120,10 +120,15 @@ def _stage(function: Any) -> Stage | None:
         sums = read_sums(first, rest[0] if rest else None)
     except ValueError:
         return None
-    if not dims.is_static(sums.extents) or len(window.axes) > 2:
+    # Rows of an image, or those of a product, which have one axis.
+    ranks = (2,) if window.channelwise else (1, 2)
+    if not dims.is_static(sums.extents) or len(window.axes) not in ranks:
         return None
     source = _source(sums)
-    return None if source is None else Stage(tuple(state.mod["main"].params), source, sums, window)
+    # Rows between two stages are of one type: a consumer may cast what it stores.
+    if source is None or len({str(x.dtype) for x in (source, sums.total, sums.made.buffer)}) > 1:
+        return None
+    return Stage(tuple(state.mod["main"].params), source, sums, window)
 
 
 def _source(sums: Sums) -> Any:

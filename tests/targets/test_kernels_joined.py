@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ class Block:
         first: of the first convolution; empty for a block without it.
         strides, dilations, pads: of the channelwise convolution.
         last: whether there is a pointwise convolution behind it.
+        residual: whether the input is added at the end.
     """
 
     size: tuple[int, int]
@@ -46,6 +48,7 @@ class Block:
     pads: tuple[int, int, int, int] = (1, 1, 1, 1)
     last: bool = True
     images: int = 1
+    residual: bool = False
 
     def model(self):
         c, m, o = self.channels
@@ -66,8 +69,19 @@ class Block:
             weights |= {"w2": normal(o, m, 1, 1, seed=3), "b2": normal(o, seed=4)}
             nodes.append(f"s2 = Conv({at}, w2, b2)  y2 = Clip(s2)")
             at = "y2"
+        if self.residual:
+            nodes.append(f"y3 = Add({at}, x)")
+            at = "y3"
         given = f"float[{self.images},{c},{self.size[0]},{self.size[1]}] x"
         return model(f"g ({given}) => (float[a,b,c,d] y) {{ {' '.join(nodes)} y = Sigmoid({at}) }}", weights)
+
+    def with_residual(self):
+        """The block with its input added at the end: its convolutions keep sizes and channels."""
+        spans = [d * (k - 1) for k, d in zip(self.kernel, self.dilations, strict=False)] or [0, 0]
+        pads = (*(s // 2 for s in spans), *(s - s // 2 for s in spans))
+        channels, first = (*self.channels[:2], self.channels[0]), self.first or (1, 1)
+        kept = {"strides": (1, 1), "pads": pads, "channels": channels, "first": first}
+        return dataclasses.replace(self, last=True, residual=True, **kept)
 
     def is_possible(self):
         reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)] if self.kernel else [1, 1]
@@ -93,7 +107,7 @@ def run(block, cpu, *, threads=1, cache=0, wanted=1):
 
 # By its own rule each is worth it; what it works on is larger than the cache.
 BLOCKS = {
-    "inverted residual": Block((24, 20), (8, 36, 10)),
+    "inverted residual": Block((24, 20), (8, 36, 8), residual=True),
     "strided, odd": Block((23, 21), (5, 33, 7), strides=(2, 2), pads=(0, 0, 0, 0)),
     "separable": Block((25, 19), (40, 40, 12), first=()),
     "stem": Block((20, 22), (3, 24, 8), first=(3, 3)),
@@ -118,6 +132,27 @@ def test_rows_of_a_ring_are_those_of_the_block_before(right, monkeypatch):
     monkeypatch.setattr(_row_blocks, "_WORTH", -1.0)
     # Of this size another buffer had the ring's memory between two blocks.
     run(Block((24, 12), (3, 16, 8), kernel=(3, right), pads=(0, 0, 0, right)), "native", cache=24 << 10)
+
+
+APART = {
+    "a cast between": ("float[96,12] x", "s = MatMul(x, w0) t = Cast<to=11>(s) u = MatMul(t, w1) y = Cast<to=1>(u)"),
+    "channels of sequences": ("float[2,12,96] x", "s = Conv(x, w2) t = Conv<group=40>(s, w3) y = Conv(t, w4)"),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("given", "nodes"), APART.values(), ids=list(APART))
+def test_what_rows_of_one_type_in_an_image_do_not_hold_stays_apart(given, nodes, monkeypatch):
+    monkeypatch.setattr(_row_blocks, "_WORTH", -1.0)
+    held = {"w0": normal(12, 40), "w1": normal(40, 12).astype(np.float64)}
+    held |= {"w2": normal(40, 12, 1), "w3": normal(40, 1, 3), "w4": normal(12, 40, 1)}
+    weights = {name: array for name, array in held.items() if f" {name})" in nodes}
+    dims = "a,b" if "96,12" in given else "a,b,c"
+    proto = model(f"g ({given}) => (float[{dims}] y) {{ {nodes} }}", weights)
+    target = dataclasses.replace(machine(), l2=48 << 10)
+    assert joined_kernels(proto, target) == []
+    with running(proto, target) as (function, _):
+        compare(proto, function, feeds(proto))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +206,14 @@ def test_any_factored_linear_layer(cpu, monkeypatch, threads, cache, **drawn):
     pads=st.tuples(*[st.integers(0, 3)] * 4),
     images=st.integers(1, 3),
     last=st.booleans(),
+    residual=st.booleans(),
     threads=st.integers(1, 3),
     cache=st.sampled_from([24, 48, 256]),
 )
 @pytest.mark.parametrize("cpu", CPUS)
 @SETTINGS
-def test_any_block(cpu, monkeypatch, threads, cache, **drawn):
-    block = Block(**drawn)
+def test_any_block(cpu, monkeypatch, threads, cache, residual, **drawn):
+    block = Block(**drawn).with_residual() if residual else Block(**drawn)
     assume(block.is_possible())
     monkeypatch.setattr(_split, "_WORTH", 0)
     monkeypatch.setattr(_row_blocks, "_WORTH", -1.0)  # whatever can be joined is
