@@ -21,7 +21,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from mc_opt.targets import _plan, _prompt
+from mc_opt.targets import _direct, _plan, _prompt
 from mc_opt.targets._plan import ALIGNMENT, Lifetime
 from mc_opt.targets._relax.alignment import ANYWHERE
 
@@ -69,6 +69,11 @@ def bind(constants: Constants, *, has_states: bool) -> tvm.transform.Pass:
         has_states: whether outputs are inputs of the next run.
     """
 
+    def add(module: tvm.IRModule, name: str, function: Any) -> None:
+        taken = {v.name_hint for v in module.functions}
+        assert name not in taken, f"a kernel is called {name}, as every artefact's function"
+        module[tvm.ir.GlobalVar(name)] = function
+
     def run(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
         names = {v.name_hint: v for v in module.functions}
         module = module.clone()
@@ -77,7 +82,7 @@ def bind(constants: Constants, *, has_states: bool) -> tvm.transform.Pass:
                 continue
             given, made, written = (_Parameters(kind) for kind in ("constant", "place", "out"))
             main = _Main(module[names[name]], takes_outputs=not has_states)
-            module[names[name]] = main.bound(constants, given, made, written)
+            bound = module[names[name]] = main.bound(constants, given, made, written)
             for kernel, anywhere in main.anywhere().items():
                 module[kernel] = module[kernel].with_attr(ANYWHERE, sorted(anywhere))
             tables: dict[str, Iterable[Row]] = {
@@ -87,8 +92,9 @@ def bind(constants: Constants, *, has_states: bool) -> tvm.transform.Pass:
             }
             tables["outputs"] = main.outputs()
             for table, rows in tables.items():
-                assert prefix + table not in names, f"a kernel is called {prefix}{table}, as every artefact's function"
-                module[tvm.ir.GlobalVar(prefix + table)] = _table(rows)
+                add(module, prefix + table, _table(rows))
+            if main.is_fixed() and (direct := _direct.function(bound, main.inputs, [given.block(), made.block()])):
+                add(module, _direct.NAME, direct)
         return module
 
     return tvm.transform.module_pass(run, opt_level=0, name="Bind")
@@ -107,6 +113,11 @@ class _Parameters:
             kind = relax.TensorType(row[1], row[0])
             self.variables[row] = relax.Var(f"{self._name}_{len(self.variables)}", kind)
         return self.variables[row]
+
+    def block(self) -> _direct.Block:
+        """The rows as tensors in one block of bytes."""
+        size = max((offset + _size(variable) for (_, _, offset), variable in self.variables.items()), default=0)
+        return _direct.Block({variable: offset for (_, _, offset), variable in self.variables.items()}, size)
 
 
 def _table(rows: Iterable[Row]) -> Any:
@@ -155,6 +166,15 @@ class _Main:
                     if value.args[0] in owned:
                         owned[variable] = owned[value.args[0]]
         return owned
+
+    @property
+    def inputs(self) -> int:
+        """How many parameters main had before."""
+        return len(self._main.params)
+
+    def is_fixed(self) -> bool:
+        """Whether main takes its outputs, and all of its inputs have fixed sizes."""
+        return bool(self._returned) and all(_is_fixed(p.ty.shape) for p in self._main.params)
 
     def outputs(self) -> list[Row]:
         """What the outputs are in their memory; none when main returns them."""

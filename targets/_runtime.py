@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import math
@@ -11,18 +12,21 @@ import os
 import sys
 import tempfile
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mc_opt.targets import _call
+from mc_opt.targets._call import UNSEEN, Input, Run, Slot
 from mc_opt.targets._manifest import Port
 
-# Bytes up to which inputs and outputs are copied, and memories of a larger output that are kept for later runs.
-_SMALL, _KEPT = 1 << 16, 3
+# Bytes up to which outputs are copied, and inputs; memories of a larger output that are kept for later runs.
+_TINY, _SMALL, _KEPT = 1 << 12, 1 << 16, 3
+# What `_direct` calls its function.
+_DIRECT = "direct"
 # TVM's kernels load whole vectors from the beginning of a tensor.
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
@@ -48,10 +52,12 @@ class Processor:
         """
         self._ffi = load()
         self._threads = threads
-        self._machine = open_library(path)["vm_load_executable"]()
+        library = open_library(path)
+        self._machine = library["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
         self._constants = constants
-        self._main = self._bound("main", "")
+        # Main without the machine, if the library has it, and what it takes behind the outputs.
+        self._main, self._blocks = self._direct(library) or (self._bound("main", ""), ())
         self._second: Any = None
         written, outputs = (self._machine[table]() for table in ("written", "outputs"))
         self._memories = memories(self._ffi, written, outputs)
@@ -61,6 +67,13 @@ class Processor:
     def add(self, name: str) -> None:
         """Load a second function of the library, which has the inputs of `main` and shares its constants."""
         self._second = self._bound(name, f"{name}_")
+
+    def _direct(self, library: Any) -> tuple[Any, tuple[Any, ...]] | None:
+        """Main as one function of machine code, with the constants and a workspace."""
+        if not library.implements_function(_DIRECT, query_imports=True):
+            return None
+        blocks = self._constants, memory(_extent(self._machine["places"]()))
+        return library.get_function(_DIRECT, query_imports=True), tuple(map(self._ffi.from_dlpack, blocks))
 
     def _bound(self, name: str, prefix: str) -> Any:
         """A function with its last arguments."""
@@ -79,25 +92,24 @@ class Processor:
         if self._threads is not None:
             set_pool(self._ffi, self._threads)
         slots = [memory.idle() for memory in self._memories]
-        self._main(*tensors, *[slots[number].tensors[k] for number, k in self._written])
+        self._main(*tensors, *[slots[number].tensors[k] for number, k in self._written], *self._blocks)
         return [slots[number].taken(k) for number, k in self._outputs]
 
-    def repeated(self, names: Sequence[str]) -> Callable[[Sequence[Any]], dict[str, np.ndarray]]:
-        """`run` with the outputs by name, in as few steps as Python can where all outputs are small: see `_vm`."""
-        if not self._outputs or not all(memory.is_small for memory in self._memories):
-            return lambda tensors: dict(zip(names, self.run(tensors), strict=True))
-        ffi, threads, main = self._ffi, self._threads, self._main
-        slots = [memory.idle() for memory in self._memories]
-        written = [slots[number].tensors[k] for number, k in self._written]
-        arrays = [(name, slots[number].arrays[k]) for name, (number, k) in zip(names, self._outputs, strict=True)]
-
-        def run(tensors: Sequence[Any]) -> dict[str, np.ndarray]:
-            if threads is not None:
-                set_pool(ffi, threads)
-            main(*tensors, *written)
-            return {name: array.copy() for name, array in arrays}
-
-        return run
+    def repeated(self, inputs: Sequence[Port], names: Sequence[str]) -> Run | None:
+        """`run` for inputs of fixed sizes, with the outputs by name; None where main returns tensors of its own."""
+        if not self._outputs:
+            return None
+        threads = self._threads
+        return _call.function(
+            self._main,
+            [Input(p.name, p.shape, np.dtype(p.dtype), self._place_of(p)) for p in inputs],
+            self.borrow,
+            self._memories,
+            self._written,
+            list(zip(names, self._outputs, strict=True)),
+            behind=self._blocks,
+            before=None if threads is None else functools.partial(set_pool, self._ffi, threads),
+        )
 
     def call(self, tensors: Sequence[Any], *, second: bool = False) -> Sequence[Any]:
         """The outputs of main, or of the second function, as tensors; one call at a time."""
@@ -110,6 +122,7 @@ class Processor:
 
     def instrument(self, function: Any) -> None:
         """Let `function(function, name, is before, result, *arguments)` be called around every call of a run."""
+        self._main, self._blocks = self._bound("main", ""), ()
         self._machine["set_instrument"](function)
 
     def place(self, array: np.ndarray) -> Any:
@@ -124,10 +137,10 @@ class Processor:
         fits = flags.c_contiguous and flags.aligned and flags.writeable  # tvm_ffi takes no other
         return self.tensor(array) if self._borrows(array.nbytes) and fits else self.place(array)
 
-    def place_of(self, port: Port) -> tuple[np.ndarray, Any] | tuple[None, None]:
+    def _place_of(self, port: Port) -> tuple[np.ndarray, Any] | None:
         """Where an input of fixed size is copied to, as an array and as a tensor; nowhere when it is borrowed."""
         array = aligned(port.shape, np.dtype(port.dtype))
-        return (None, None) if self._borrows(array.nbytes) else (array, self.tensor(array))
+        return None if self._borrows(array.nbytes) else (array, self.tensor(array))
 
     def _borrows(self, size: int) -> bool:
         """Whether an input of so many bytes is read where it is: kernels take it anywhere if they take outputs."""
@@ -142,34 +155,11 @@ class Processor:
         return np.array(np.from_dlpack(tensor))
 
 
-class Slot:
-    """Memory of an output: the tensors that main is given of it, and the arrays that callers see."""
-
-    def __init__(self, room: np.ndarray, tensors: list[Any], arrays: list[np.ndarray], *, is_copied: bool) -> None:
-        """Tensors and arrays are views of the room; copied, the arrays are never handed out."""
-        self.tensors, self.arrays = tensors, arrays
-        self._room, self._is_copied = room, is_copied
-        self._lent: Callable[[], np.ndarray | None] = _nobody
-
-    def taken(self, k: int) -> np.ndarray:
-        """An output, which a later run does not overwrite."""
-        array = self.arrays[k]
-        if self._is_copied:
-            return array.copy()
-        # Views refer to the last array behind them. That is this one, whose memory is a buffer: it lives as they do.
-        lent = np.frombuffer(self._room.data, array.dtype, array.size)
-        self._lent = weakref.ref(lent)
-        return lent.reshape(array.shape)
-
-    def is_seen(self) -> bool:
-        """Whether a caller has an array that was handed out, or a view of one."""
-        return self._lent() is not None
-
-
 class Memory:
     """Memory for an output, handed out without a copy where it is large, and used again when nobody refers to it.
 
-    A copy would take as long as a small kernel: memory that is new to a process is brought in page by page.
+    A copy would take as long as a small kernel: memory that is new to a process is brought in page by page, and what
+    the kernels have driven out of the caches comes back by the line.
     """
 
     def __init__(self, ffi: Any, written: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -177,13 +167,14 @@ class Memory:
         self._ffi = ffi
         self._written, self._outputs = ([(kind, shape, (0,)) for kind, shape, _ in rows] for rows in (written, outputs))
         self._size = _extent([*self._written, *self._outputs])
-        self.is_small = self._size <= _SMALL
-        self._slots: list[Slot] = []
+        # Callers who write to an output do not expect another to change.
+        self._is_lent = self._size > _TINY and len(self._outputs) == 1
+        self._slots = [self._made()]
 
     def idle(self) -> Slot:
-        """Memory that no array of a caller refers to."""
+        """Memory that no array of a caller refers to; always the same where callers get copies."""
         for slot in self._slots:
-            if not slot.is_seen():
+            if slot.lent is None or sys.getrefcount(slot.lent) == UNSEEN:
                 return slot
         slot = self._made()
         if len(self._slots) < _KEPT:
@@ -193,13 +184,9 @@ class Memory:
     def _made(self) -> Slot:
         room = memory(self._size)
         tensors = [self._ffi.from_dlpack(array) for array in _views(self._written, room)]
-        # Callers who write to an output do not expect another to change.
-        is_copied = self.is_small or len(self._outputs) > 1
-        return Slot(room, tensors, list(_views(self._outputs, room)), is_copied=is_copied)
-
-
-def _nobody() -> None:
-    """Whoever has memory that was never handed out."""
+        arrays = list(_views(self._outputs, room))
+        lent = np.frombuffer(room.data, arrays[0].dtype, arrays[0].size) if self._is_lent else None
+        return Slot(tensors, arrays, lent)
 
 
 def memories(ffi: Any, written: Sequence[Any], outputs: Sequence[Any]) -> list[Memory]:

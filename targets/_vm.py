@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import platform
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mc_opt.ir import DataError, IRError
-from mc_opt.targets import _gpu, _installed, _machine, _manifest, _prompt, _runtime
+from mc_opt.targets import _call, _gpu, _installed, _machine, _manifest, _prompt, _runtime
 from mc_opt.targets._manifest import Manifest, Port, names_of
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Artefact:
         self._machine = _machine_of(folder / "model.so", manifest, constants, threads=threads, is_open=is_open)
         if manifest.prompt and isinstance(self._machine, _runtime.Processor):
             self._machine.add(_prompt.NAME)
-        self._fast: _Run = _nothing
+        self._fast: _call.Run | None = None
         if not is_open and isinstance(self._machine, _runtime.Processor):
-            self._fast = _fixed(self._machine, manifest)
+            self._fast = self._machine.repeated(manifest.inputs, [port.name for port in manifest.outputs])
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -58,8 +58,7 @@ class Artefact:
             DataError: an input is missing, unknown, or has another shape or type.
         """
         with self._lock:  # the virtual machine keeps its frames, and reuses its buffers, between calls
-            found = self._fast(inputs)
-            if found is not None:
+            if self._fast is not None and (found := self._fast(inputs)) is not None:
                 return found
             arrays = check_inputs(self.manifest.inputs, inputs, self.manifest.limits)
             results = self._machine.run([self._machine.borrow(array) for array in arrays])
@@ -91,43 +90,6 @@ class Artefact:
         assert isinstance(self._machine, _runtime.Processor)  # a GPU's artefact has no such function
         with self._lock:
             return self._machine.call(tensors, second=True)
-
-
-_Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray] | None]
-
-
-def _nothing(_: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The outputs for inputs of open sizes, of which nothing is known before."""
-    return None
-
-
-def _fixed(machine: _runtime.Processor, manifest: Manifest) -> _Run:
-    """A function that gives the outputs for inputs of fixed sizes that fit at first sight; None for all others.
-
-    Behind kernels that have emptied the caches every step of Python waits for memory: looking up an attribute, or
-    calling a function more, takes as long there as some thousand multiplications. Small inputs have their places for
-    good, large ones stay where they are.
-    """
-    places = [(port.name, *machine.place_of(port), port.shape, np.dtype(port.dtype)) for port in manifest.inputs]
-    run, borrow = machine.repeated([port.name for port in manifest.outputs]), machine.borrow
-    count, kind = len(places), np.ndarray
-
-    def fast(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        if len(inputs) != count:
-            return None
-        tensors = []
-        for name, held, tensor, shape, dtype in places:
-            array = inputs.get(name)
-            if type(array) is not kind or array.shape != shape or array.dtype is not dtype:
-                return None
-            if held is None:
-                tensor = borrow(array)
-            else:
-                held[...] = array
-            tensors.append(tensor)
-        return run(tensors)
-
-    return fast
 
 
 def _machine_of(

@@ -83,7 +83,7 @@ static void run(DLTensor *inputs, int32_t count) {
 }
 #else
 static TVMFFIObjectHandle machine_main, array_size, array_item;
-/* What main takes behind the inputs, and what the outputs are there; none of either when it returns them. */
+/* What main takes behind the inputs (outputs, and main as machine code its constants and a workspace), and what the outputs are there; none of either when it returns them. */
 static TVMFFIAny written[MOST];
 static DLTensor seen[MOST];
 static int32_t written_count, seen_count;
@@ -125,10 +125,13 @@ static TVMFFIAny of_number(int64_t number) {
   return value;
 }
 
-static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) {
+static TVMFFIObjectHandle found(TVMFFIAny module, const char *name, int in_imports) {
   TVMFFIAny arguments[] = {module, of_text(name), {.type_index = kTVMFFIBool}};
+  arguments[2].v_int64 = in_imports;
   return call(global("ffi.ModuleGetFunction"), arguments, 3).v_obj;
 }
+
+static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) { return found(module, name, 0); }
 
 static void release(DLManagedTensor *tensor) {
   free(tensor->dl_tensor.data);
@@ -181,7 +184,14 @@ static size_t end_of(TVMFFIAny row) {
   return offset + size_of(&tensor);
 }
 
-static TVMFFIObjectHandle bound(TVMFFIAny machine, const char *path) {
+static TVMFFIAny bytes(char *memory, size_t size) {
+  int64_t *shape = calloc(1, sizeof *shape);
+  *shape = (int64_t)size;
+  return of_tensor((DLTensor){memory, {kDLCPU, 0}, 1, {kDLUInt, 8, 1}, shape, 0, 0}, 0);
+}
+
+/* Main with its constants and a workspace: as machine code, which takes them in each call, or the machine's. */
+static TVMFFIObjectHandle bound(TVMFFIAny library, TVMFFIAny machine, const char *path) {
   FILE *file = fopen(path, "rb");
   if (!file || fseek(file, 0, SEEK_END)) exit(9);
   size_t size = (size_t)ftell(file);
@@ -197,6 +207,12 @@ static TVMFFIObjectHandle bound(TVMFFIAny machine, const char *path) {
     if (end > needed) needed = end;
   }
   char *workspace = place(needed);
+  TVMFFIObjectHandle direct = found(library, "direct", 1);
+  if (direct) {
+    written[written_count++] = bytes(memory, size);
+    written[written_count++] = bytes(workspace, needed);
+    return direct;
+  }
   TVMFFIAny *arguments = calloc((size_t)(3 + given + made), sizeof *arguments);
   arguments[count++] = of_text("main");
   arguments[count++] = of_text("bound");
@@ -214,7 +230,7 @@ static void take_outputs(TVMFFIAny machine) {
   char *memories[MOST] = {0};
   written_count = count_of(tables[0]);
   seen_count = count_of(tables[1]);
-  if (written_count > MOST || seen_count > MOST) exit(2);
+  if (written_count + 2 > MOST || seen_count > MOST) exit(2);
   for (int32_t k = 0; k < written_count + seen_count; ++k) {
     TVMFFIAny row = k < written_count ? item(tables[0], k) : item(tables[1], k - written_count);
     DLTensor tensor = described(row, &number);
@@ -241,8 +257,8 @@ static void open_model(char **words) {
   call(method(machine, "vm_initialization"), arguments, 3);
   array_size = global("ffi.ArraySize");
   array_item = global("ffi.ArrayGetItem");
-  machine_main = words[3] ? bound(machine, words[3]) : method(machine, "main");
   if (words[3]) take_outputs(machine);
+  machine_main = words[3] ? bound(library, machine, words[3]) : method(machine, "main");
 }
 
 static void run(DLTensor *inputs, int32_t count) {

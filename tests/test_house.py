@@ -31,6 +31,7 @@ OWNERS = {
             "targets/_relax/",
             "targets/kernels/",
             "targets/_bound.py",
+            "targets/_direct.py",
             "targets/_build.py",
             "targets/_candidates.py",
             "targets/_device.py",
