@@ -13,6 +13,7 @@ from tests.targets import (
     test_kernels_conv,
     test_kernels_gemm,
     test_kernels_kron,
+    test_kernels_resize,
     test_kernels_rows,
     test_open,
 )
@@ -50,7 +51,7 @@ def _cases(mark: pytest.Mark) -> pytest.Mark:
 
 
 def _tests() -> Iterator[Callable[..., Any]]:
-    for module in (test_kernels_conv, test_kernels_gemm, test_kernels_kron, test_kernels_rows):
+    for module in (test_kernels_conv, test_kernels_gemm, test_kernels_kron, test_kernels_resize, test_kernels_rows):
         yield from (t for n, t in vars(module).items() if n.startswith("test_") and not n.endswith("_on_avx2"))
     yield test_open.test_a_block_of_a_transformer
     yield test_open.test_a_small_network_for_pictures
