@@ -57,7 +57,6 @@ def function(
     outputs: Sequence[tuple[str, tuple[int, int]]],
     *,
     behind: Sequence[Any],
-    before: Callable[[], None] | None,
 ) -> Run:
     """A function that gives the outputs for inputs that fit at first sight; None for all others.
 
@@ -69,9 +68,8 @@ def function(
         written: the number of a memory, and which of its tensors, for each argument behind the inputs.
         outputs: names, and the number of a memory and which of its arrays.
         behind: main's last arguments.
-        before: called before main.
     """
-    names: dict[str, Any] = {"main": main, "borrow": borrow, "before": before, "ndarray": np.ndarray}
+    names: dict[str, Any] = {"main": main, "borrow": borrow, "ndarray": np.ndarray}
     names |= {"getrefcount": sys.getrefcount, "unseen": UNSEEN}
     names |= {f"behind{k}": value for k, value in enumerate(behind)}
     lines = [f"if len(inputs) != {len(inputs)}:", "    return None"]
@@ -95,8 +93,6 @@ def function(
             lines.append(
                 f"slot{number} = first{number} if getrefcount(first{number}.lent) == unseen else memory{number}.idle()"
             )
-    if before is not None:
-        lines.append("before()")
     for number, k in written:
         slot = names[f"first{number}"]
         names[f"written{number}_{k}"] = slot.tensors[k]

@@ -17,6 +17,7 @@ from mc_opt.targets import _build, _candidates, _race, _runtime
 from mc_opt.targets._build import Reporter
 from mc_opt.targets._candidates import Kernel
 from mc_opt.targets._machine import Machine
+from mc_opt.targets._pools import POOLS
 from mc_opt.targets._relax import intrinsics
 from mc_opt.targets.kernels import _schedule
 
@@ -44,7 +45,7 @@ def _measure(
     """Measure every shape of a model that is not known yet; `broken` has candidates that ended an earlier child."""
     intrinsics.register()
     if machine.threads > 1:
-        _runtime.set_pool(_runtime.load(), machine.threads)
+        POOLS.set(_runtime.load(), machine.threads)
     offered, rule = _candidates.kernels(path, machine, {})
     offered = {shape: names for shape, names in offered.items() if shape in rule}
     wanted = {shape: names for shape, names in offered.items() if shape not in known}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import importlib.util
 import math
 import mmap
-import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 from mc_opt.targets import _call
 from mc_opt.targets._call import UNSEEN, Input, Run, Slot
 from mc_opt.targets._manifest import Port
+from mc_opt.targets._pools import POOLS
 
 # Bytes up to which outputs are copied, and inputs; memories of a larger output that are kept for later runs.
 _TINY, _SMALL, _KEPT = 1 << 12, 1 << 16, 3
@@ -31,11 +30,6 @@ _DIRECT = "direct"
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
 _CPU, _NAIVE, _POOLED = 1, 1, 2
-# A pool of as many threads as are asked for, which may run on all of the cores given.
-_SHARE_ALL_CORES = -3
-
-# TVM makes a pool for every thread that calls; `has` is what it was told last.
-_pool = threading.local()
 
 
 class Processor:
@@ -57,6 +51,8 @@ class Processor:
         self._machine["vm_initialization"](_CPU, 0, _POOLED if pooled else _NAIVE)
         self._constants = constants
         # Main without the machine, if the library has it, and what it takes behind the outputs.
+        self._main: Callable[..., Any]
+        self._blocks: tuple[Any, ...]
         self._main, self._blocks = self._direct(library) or (self._bound("main", ""), ())
         self._second: Any = None
         written, outputs = (self._machine[table]() for table in ("written", "outputs"))
@@ -68,14 +64,15 @@ class Processor:
         """Load a second function of the library, which has the inputs of `main` and shares its constants."""
         self._second = self._bound(name, f"{name}_")
 
-    def _direct(self, library: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    def _direct(self, library: Any) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
         """Main as one function of machine code, with the constants and a workspace."""
         if not library.implements_function(_DIRECT, query_imports=True):
             return None
         blocks = self._constants, memory(_extent(self._machine["places"]()))
-        return library.get_function(_DIRECT, query_imports=True), tuple(map(self._ffi.from_dlpack, blocks))
+        function = self._pooled(library.get_function(_DIRECT, query_imports=True))
+        return function, tuple(map(self._ffi.from_dlpack, blocks))
 
-    def _bound(self, name: str, prefix: str) -> Any:
+    def _bound(self, name: str, prefix: str) -> Callable[..., Any]:
         """A function with its last arguments."""
         places = self._machine[f"{prefix}places"]()
         held = [
@@ -83,14 +80,16 @@ class Processor:
             *_views(places, memory(_extent(places))),
         ]
         self._machine["save_function"](name, f"{prefix}bound", 1, *(self._ffi.from_dlpack(array) for array in held))
-        return self._machine[f"{prefix}bound"]
+        return self._pooled(self._machine[f"{prefix}bound"])
+
+    def _pooled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose parallel loops, if there are any, run on as many threads as were asked for."""
+        return function if self._threads is None else POOLS.bound(self._ffi, self._threads, function)
 
     def run(self, tensors: Sequence[Any]) -> list[np.ndarray]:
         """The outputs of main as arrays, for tensors in the order of the inputs; one call at a time."""
         if not self._outputs:
             return [self.fetch(result) for result in self.call(tensors)]
-        if self._threads is not None:
-            set_pool(self._ffi, self._threads)
         slots = [memory.idle() for memory in self._memories]
         self._main(*tensors, *[slots[number].tensors[k] for number, k in self._written], *self._blocks)
         return [slots[number].taken(k) for number, k in self._outputs]
@@ -99,7 +98,6 @@ class Processor:
         """`run` for inputs of fixed sizes, with the outputs by name; None where main returns tensors of its own."""
         if not self._outputs:
             return None
-        threads = self._threads
         return _call.function(
             self._main,
             [Input(p.name, p.shape, np.dtype(p.dtype), self._place_of(p)) for p in inputs],
@@ -108,15 +106,12 @@ class Processor:
             self._written,
             list(zip(names, self._outputs, strict=True)),
             behind=self._blocks,
-            before=None if threads is None else functools.partial(set_pool, self._ffi, threads),
         )
 
     def call(self, tensors: Sequence[Any], *, second: bool = False) -> Sequence[Any]:
         """The outputs of main, or of the second function, as tensors; one call at a time."""
         if self._outputs and not second:
             return [self.place(output) for output in self.run(tensors)]
-        if self._threads is not None:
-            set_pool(self._ffi, self._threads)
         found: Sequence[Any] = (self._second if second else self._main)(*tensors)
         return found
 
@@ -211,19 +206,6 @@ def load() -> Any:
     place = Path(found.submodule_search_locations[0], "lib", "libtvm_runtime.so")
     ctypes.CDLL(str(place), mode=ctypes.RTLD_GLOBAL)
     return ffi
-
-
-def set_pool(ffi: Any, threads: int) -> None:
-    """Let this thread's pool, which other artefacts share, have so many threads on the cores that it may use.
-
-    That takes longer than small models run: it is done where the last artefact wanted something else. TVM's other ways
-    to ask give at most half of the cores.
-    """
-    wanted = threads, os.sched_getaffinity(0)
-    if getattr(_pool, "has", None) != wanted:
-        cores = ffi.convert([str(core) for core in sorted(wanted[1])])
-        ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, threads, cores)
-        _pool.has = wanted
 
 
 def open_library(path: Path) -> Any:

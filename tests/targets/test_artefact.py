@@ -244,7 +244,7 @@ def test_torch_is_hidden_from_one_import_and_thread_alone() -> None:
 WIDE = """<ir_version: 10, opset_import: ["": 21]> g (float[256,512] x) => (float[256,512] y)
     <float[512,512] w> { a = MatMul(x, w) y = MatMul(a, w) }"""
 THREADS = """
-import os, sys, threading
+import os, signal, sys, threading
 import numpy as np
 from mc_opt import targets
 from mc_opt.targets import _runtime
@@ -262,6 +262,18 @@ run()
 other = threading.Thread(target=run); other.start(); other.join()
 assert os.sched_getaffinity(0) == given
 print(found)
+def held():
+    for _ in range(20):
+        brief = threading.Thread(target=lambda: artefacts[0].run({{"x": x}})); brief.start(); brief.join()
+    return len(os.listdir("/proc/self/task"))
+before, after = held(), held()  # when 20 callers, and 20 more, have come and gone
+print(after - before < 10)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    y = artefacts[0].run({{"x": x}})["y"]
+    os._exit(0 if np.array_equal(y, artefacts[1].run({{"x": x}})["y"]) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -272,7 +284,8 @@ def test_threads_are_those_of_the_load(tmp_path: Path) -> None:
     code = THREADS.format(folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     # Each run has the pool that its load asked for, in every thread of the caller's; the sums do not depend on it.
-    assert done.stdout == f"{[(2, 0.0), (1, 0.0), (2, 0.0)] * 2}\n", done.stdout + done.stderr
+    # Pools of callers that are gone do not add up, and a forked process, which has none of their threads, runs too.
+    assert done.stdout == f"{[(2, 0.0), (1, 0.0), (2, 0.0)] * 2}\nTrue\n0\n", done.stdout + done.stderr
 
 
 def test_threads_of_an_artefact_that_was_built_for_one(doubled: Path) -> None:

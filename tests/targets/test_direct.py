@@ -68,7 +68,6 @@ def summed() -> tuple[_call.Run, np.ndarray]:
         _runtime.views_of(rows),
         list(zip(ODD[2:], _runtime.views_of(rows), strict=True)),
         behind=["constants"],
-        before=None,
     )
     return run, place
 
