@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets.kernels import _loops, _math
+from mc_opt.targets.kernels._cells_product import Weight
+from mc_opt.targets.kernels._lookup_tile import Read
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -106,38 +107,20 @@ def _tiles(cell: Cell) -> Any:
     return T.parallel(0, cell.tiles, annotations={"pragma_parallel_barrier_when_finish": 1})
 
 
-def _sums(
-    cell: Cell, start: Callable[[int], Expr], read: Callable[[Expr], Expr], r: Buffer, tile: Expr, gates: Sequence[int]
-) -> list[Expr]:
-    """start(gate) + Σ_k read(k) · R[k, gate] for a tile, in several chains.
-
-    Chains hide the latency of one, and with `start` added last they round less: a step's rounding comes back in the
-    next steps, which some trained cells amplify a thousandfold.
-    """
-    chains = next((n for n in (4, 2) if cell.hidden % n == 0 and n * len(gates) <= cell.sums), 1)
-    # A buffer a gate: TVM takes large ones from a pool, where a thread's code writes them at every step.
-    sums = [_loops.registers(chains, cell.lanes) for _ in gates]
-
-    def partial(n: int, c: int) -> Expr:
-        return _loops.load(sums[n], c * cell.lanes, lanes=cell.lanes)
-
-    for held in sums:
-        for c in range(chains):
-            _loops.store(held, _loops.splat(0.0, cell.lanes), c * cell.lanes, lanes=cell.lanes)
-    with T.serial(0, cell.hidden // chains) as k:
-        for c in range(chains):
-            row = k * chains + c
-            factor = _loops.splat(read(row), cell.lanes)
-            for n, gate in enumerate(gates):
-                term = factor * _loops.load(r, tile, row, gate * cell.lanes, lanes=cell.lanes)
-                _loops.store(sums[n], partial(n, c) + term, c * cell.lanes, lanes=cell.lanes)
-    for n, gate in enumerate(gates):
-        total = functools.reduce(operator.add, (partial(n, c) for c in range(chains)))
-        _loops.store(sums[n], start(gate) + total, 0, lanes=cell.lanes)
-    return [partial(n, 0) for n in range(len(gates))]
+def _each_row(cell: Cell, most: int, write: Callable[[Expr, int], None]) -> None:
+    """Call write(first row, number) for the rows of the batch, of which up to `most` run together."""
+    if not isinstance(cell.batch, int) or most == 1 or cell.batch == 1:
+        with T.serial(0, cell.batch) as b:
+            write(b, 1)
+        return
+    count = -(-cell.batch // -(-cell.batch // most))
+    with T.serial(0, cell.batch // count) as block:
+        write(block * count, count)
+    if cell.batch % count:
+        write(tirx.const(cell.batch // count * count, "int32"), cell.batch % count)
 
 
-def lstm(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, c0: Buffer, h: Buffer, c: Buffer) -> None:
+def lstm(cell: Cell, weight: Weight, g: Buffer, h0: Buffer, c0: Buffer, h: Buffer, c: Buffer) -> None:
     """LSTM: gates i, o, f, c of a hidden unit, its cell kept in `c`."""
     f, act_g, act_h = cell.activations
     lanes = cell.lanes
@@ -147,47 +130,62 @@ def lstm(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, c0: Buffer, h: Buffer, c:
             lambda i, w: _loops.store(c, _loops.load(c0, b, i, lanes=w), b, i, lanes=w), cell.width, lanes=lanes
         )
 
+    def update(s: Expr, b: Expr, tile: Expr, gates: Sequence[Expr]) -> None:
+        i, o, forget, new = gates
+        kept = f(cell.limited(forget)) * _loops.load(c, b, tile * lanes, lanes=lanes)
+        state = kept + f(cell.limited(i)) * act_g(cell.limited(new))
+        _loops.store(c, state, b, tile * lanes, lanes=lanes)
+        out = f(cell.limited(o)) * act_h(_loops.load(c, b, tile * lanes, lanes=lanes))
+        _loops.store(h, out, s + 1, b, tile * lanes, lanes=lanes)
+
     def step(s: Expr, first: Expr) -> None:
-        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
-            row = first + b
-            i, o, forget, new = _sums(
-                cell,
-                lambda gate: _loops.load(g, row, (tile * 4 + gate) * lanes, lanes=lanes),
-                lambda k: h[s, b, k],
-                r,
-                tile,
-                range(4),
-            )
-            kept = f(cell.limited(forget)) * _loops.load(c, b, tile * lanes, lanes=lanes)
-            state = kept + f(cell.limited(i)) * act_g(cell.limited(new))
-            _loops.store(c, state, b, tile * lanes, lanes=lanes)
-            out = f(cell.limited(o)) * act_h(_loops.load(c, b, tile * lanes, lanes=lanes))
-            _loops.store(h, out, s + 1, b, tile * lanes, lanes=lanes)
+        with _tiles(cell) as tile:
+
+            def rows(b: Expr, count: int) -> None:
+                start = functools.partial(_input, cell, g, first + b, tile)
+
+                def use(m: Expr, gates: Sequence[Expr]) -> None:
+                    update(s, b + m, tile, gates)
+
+                weight.sums(start, _state(h, s, b), tile, range(4), rows=count, use=use)
+
+            _each_row(cell, weight.most_rows(4), rows)
 
     _through_time(cell, h0, h, step, before)
 
 
-def rnn(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, h: Buffer) -> None:
+def _input(cell: Cell, g: Buffer, row: Expr, tile: Expr, m: Expr, gate: int) -> Expr:
+    """What G has for a gate of row `row` + m."""
+    return _loops.load(g, row + m, (tile * cell.gates + gate) * cell.lanes, lanes=cell.lanes)
+
+
+def _state(h: Buffer, s: Expr, b: Expr) -> Read:
+    """The states before step s of the rows from b on."""
+    return lambda m, k, width: _loops.load(h, s, b + m, k, lanes=width)
+
+
+def rnn(cell: Cell, weight: Weight, g: Buffer, h0: Buffer, h: Buffer) -> None:
     """RNN: one gate."""
     lanes = cell.lanes
 
     def step(s: Expr, first: Expr) -> None:
-        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
-            row = first + b
-            (total,) = _sums(
-                cell,
-                lambda _: _loops.load(g, row, tile * lanes, lanes=lanes),
-                lambda k: h[s, b, k],
-                r,
-                tile,
-                range(1),
-            )
-            _loops.store(h, cell.activations[0](cell.limited(total)), s + 1, b, tile * lanes, lanes=lanes)
+        with _tiles(cell) as tile:
+
+            def rows(b: Expr, count: int) -> None:
+                start = functools.partial(_input, cell, g, first + b, tile)
+
+                def use(m: Expr, gates: Sequence[Expr]) -> None:
+                    value = cell.activations[0](cell.limited(gates[0]))
+                    _loops.store(h, value, s + 1, b + m, tile * lanes, lanes=lanes)
+
+                weight.sums(start, _state(h, s, b), tile, range(1), rows=count, use=use)
+
+            _each_row(cell, weight.most_rows(1), rows)
 
     _through_time(cell, h0, h, step, lambda _: None)
 
 
-def gru(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, *rest: Buffer) -> None:
+def gru(cell: Cell, weight: Weight, g: Buffer, h0: Buffer, *rest: Buffer) -> None:
     """GRU: gates z, r, h; the state is reset before or after the product with R."""
     f, act = cell.activations
     lanes = cell.lanes
@@ -196,38 +194,58 @@ def gru(cell: Cell, g: Buffer, r: Buffer, h0: Buffer, *rest: Buffer) -> None:
     else:
         h, updates, resets = rest
 
-    def gate_input(row: Expr, tile: Expr, gate: int) -> Expr:
-        return _loops.load(g, row, (tile * 3 + gate) * lanes, lanes=lanes)
-
     def mixed(z: Expr, new: Expr, s: Expr, b: Expr, tile: Expr) -> None:
         old = _loops.load(h, s, b, tile * lanes, lanes=lanes)
         _loops.store(h, new + z * (old - new), s + 1, b, tile * lanes, lanes=lanes)
 
     def linear_step(s: Expr, first: Expr) -> None:
-        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
-            row = first + b
+        with _tiles(cell) as tile:
 
-            def start(gate: int) -> Expr:
+            def start(b: Expr, m: Expr, gate: int) -> Expr:
                 if gate == 2:
                     return _loops.load(inner, tile * lanes, lanes=lanes)
-                return gate_input(row, tile, gate)
+                return _input(cell, g, first + b, tile, m, gate)
 
-            z, reset, pulled = _sums(cell, start, lambda k: h[s, b, k], r, tile, range(3))
-            held = gate_input(row, tile, 2) + f(cell.limited(reset)) * pulled
-            _update(cell, mixed, f(cell.limited(z)), act(cell.limited(held)), s, b, tile)
+            def rows(b: Expr, count: int) -> None:
+
+                def use(m: Expr, gates: Sequence[Expr]) -> None:
+                    z, reset, pulled = gates
+                    held = _input(cell, g, first + b, tile, m, 2) + f(cell.limited(reset)) * pulled
+                    _update(cell, mixed, f(cell.limited(z)), act(cell.limited(held)), s, b + m, tile)
+
+                weight.sums(functools.partial(start, b), _state(h, s, b), tile, range(3), rows=count, use=use)
+
+            _each_row(cell, weight.most_rows(3), rows)
 
     def step(s: Expr, first: Expr) -> None:
-        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
-            row = first + b
-            z, reset = _sums(cell, functools.partial(gate_input, row, tile), lambda k: h[s, b, k], r, tile, range(2))
-            _loops.store(updates, f(cell.limited(z)), b, tile * lanes, lanes=lanes)
-            old = _loops.load(h, s, b, tile * lanes, lanes=lanes)
-            _loops.store(resets, f(cell.limited(reset)) * old, b, tile * lanes, lanes=lanes)
-        with _tiles(cell) as tile, T.serial(0, cell.batch) as b:
-            row = first + b
-            (new,) = _sums(cell, functools.partial(gate_input, row, tile), lambda k: resets[b, k], r, tile, (2,))
-            z = _loops.load(updates, b, tile * lanes, lanes=lanes)
-            _update(cell, mixed, z, act(cell.limited(new)), s, b, tile)
+        with _tiles(cell) as tile:
+
+            def both(b: Expr, count: int) -> None:
+                start = functools.partial(_input, cell, g, first + b, tile)
+
+                def use(m: Expr, gates: Sequence[Expr]) -> None:
+                    z, reset = gates
+                    _loops.store(updates, f(cell.limited(z)), b + m, tile * lanes, lanes=lanes)
+                    old = _loops.load(h, s, b + m, tile * lanes, lanes=lanes)
+                    _loops.store(resets, f(cell.limited(reset)) * old, b + m, tile * lanes, lanes=lanes)
+
+                weight.sums(start, _state(h, s, b), tile, range(2), rows=count, use=use)
+
+            _each_row(cell, weight.most_rows(2), both)
+        with _tiles(cell) as tile:
+
+            def last(b: Expr, count: int) -> None:
+                def read(m: int, k: Expr, width: int) -> Expr:
+                    return _loops.load(resets, b + m, k, lanes=width)
+
+                def use(m: Expr, gates: Sequence[Expr]) -> None:
+                    z = _loops.load(updates, b + m, tile * lanes, lanes=lanes)
+                    _update(cell, mixed, z, act(cell.limited(gates[0])), s, b + m, tile)
+
+                start = functools.partial(_input, cell, g, first + b, tile)
+                weight.sums(start, read, tile, (2,), rows=count, use=use)
+
+            _each_row(cell, weight.most_rows(1), last)
 
     _through_time(cell, h0, h, linear_step if cell.linear else step, lambda _: None)
 

@@ -7,6 +7,7 @@ AVX2 finds eight: more than 16 entries are gathered from the first cache there, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,10 @@ WIDE, NARROW = 16, 8
 # Registers that a codebook may take: choosing among more is slower than to gather, or there are no more.
 _MOST_REGISTERS = {WIDE: 16, NARROW: 2}
 _ALL_BITS = -1
+# A gather of eight entries takes as long as so many instructions on vectors.
+_GATHER = 8
+# Those of `_pshufb` beside a shift, which is for four vectors at a time.
+_BY_BYTES = 1.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,20 @@ class Form:
     def is_gathered(self, machine: Machine) -> bool:
         """Whether one instruction reads an entry for each lane."""
         return self.lanes == NARROW and not self.entries and _permutation(self.lanes) in machine.features
+
+    def instructions(self, machine: Machine) -> float:
+        """About how many vector instructions decode a vector of codes: shifts, permutations, choices among these."""
+        first = 1 - 2 / self.per + (2.0 if self.has_offset else 0.0)
+        count = self.registers(machine)
+        if self.is_in_bytes:
+            return first + _BY_BYTES
+        if self.is_even:
+            return first + 3
+        if not count:
+            return first + _GATHER
+        parts = count if self.lanes == NARROW else max(1, count // 2)
+        choices = (parts - 1) * (2 if self.lanes == NARROW else 1) + math.log2(parts)
+        return first + parts + choices
 
     def has_tables(self, machine: Machine) -> bool:
         """Whether the codebook is tables of NEON's `tbl`."""

@@ -192,7 +192,7 @@ def test_mean_of_positions_where_channels_stand_last(channels):
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-def _recurrent(op, *, steps=4, batch=2, inputs=7, hidden=13, direction="forward", extra="", initial=False):
+def recurrent_layer(op, *, steps=4, batch=2, inputs=7, hidden=13, direction="forward", extra="", initial=False):
     d, gates = (2 if direction == "bidirectional" else 1), GATES[op]
     states = ["h0", "c0"][: 2 if op == "LSTM" else 1] if initial else []
     given = [f"float[{steps},{batch},{inputs}] x", *[f"float[{d},{batch},{hidden}] {s}" for s in states]]
@@ -209,32 +209,32 @@ def _recurrent(op, *, steps=4, batch=2, inputs=7, hidden=13, direction="forward"
 @pytest.mark.parametrize("direction", sampled(["forward", "reverse", "bidirectional"], ["forward", "reverse"]))
 @pytest.mark.parametrize("op", GATES)
 def test_recurrent_directions(op, direction):
-    check(*_recurrent(op, direction=direction))
+    check(*recurrent_layer(op, direction=direction))
 
 
 @pytest.mark.parametrize("op", GATES)
 def test_recurrent_initial_state_and_clip(op):
-    check(*_recurrent(op, batch=3, hidden=16, initial=True, extra=", clip=0.3"))
+    check(*recurrent_layer(op, batch=3, hidden=16, initial=True, extra=", clip=0.3"))
 
 
 def test_gru_resets_after_the_product():
-    check(*_recurrent("GRU", direction="bidirectional", extra=", linear_before_reset=1"))
+    check(*recurrent_layer("GRU", direction="bidirectional", extra=", linear_before_reset=1"))
 
 
 @pytest.mark.parametrize(("op", "extra"), [*[(op, "") for op in GATES], ("GRU", ", linear_before_reset=1")])
 def test_threads_share_the_hidden_units_of_a_step(op, extra, monkeypatch):
     monkeypatch.setattr(_split, "_WORTH", 0)
     monkeypatch.setattr(recurrent, "_SHORTEST_STEP", 0)
-    check(*_recurrent(op, steps=9, hidden=45, direction="reverse", initial=True, extra=extra), threads=2)
+    check(*recurrent_layer(op, steps=9, hidden=45, direction="reverse", initial=True, extra=extra), threads=2)
 
 
 def test_other_activations():
-    check(*_recurrent("LSTM", extra=', activations=["Sigmoid", "Relu", "Tanh"]'))
+    check(*recurrent_layer("LSTM", extra=', activations=["Sigmoid", "Relu", "Tanh"]'))
 
 
 @pytest.mark.parametrize(("op", "hidden"), [("LSTM", 13), ("GRU", 16)])
 def test_weights_that_other_kernels_make(op, hidden):
-    text, weights = _recurrent(op, hidden=hidden, direction="bidirectional")
+    text, weights = recurrent_layer(op, hidden=hidden, direction="bidirectional")
     shapes = {name: ",".join(map(str, weights[name].shape)) for name in "wr"}
     # As the terms of a sum of codes: what the recurrent kernel reads is no constant.
     text = text.replace(" x)", f" x, float[{shapes['w']}] w, float[{shapes['r']}] r)", 1)
@@ -247,7 +247,7 @@ def test_weights_that_other_kernels_make(op, hidden):
 )
 def test_recurrent_refusals_name_the_reason(extra, reason):
     with pytest.raises(TargetError, match=reason):
-        build(model(*_recurrent("RNN", extra=extra)), machine())
+        build(model(*recurrent_layer("RNN", extra=extra)), machine())
 
 
 REFERENCES = {
