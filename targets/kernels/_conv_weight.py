@@ -12,7 +12,7 @@ import onnx_ir
 from tvm import relax, te, tirx
 
 from mc_opt.targets._relax.emitter import Emitter
-from mc_opt.targets.kernels import _decode, _packed, _weights
+from mc_opt.targets.kernels import _decode, _packed, _sliding_streamed, _weights
 from mc_opt.targets.kernels._packed import Packed
 
 
@@ -24,14 +24,15 @@ class Weight:
         shape: (o, c / groups, *kernel).
         packed: makes [o / columns, *kernel, c / groups, columns] for a number of columns.
         is_constant: whether it is known while building, so that tiles can be measured with it.
-        codes: makes the same in codes, for a kernel that decodes them by itself; None where there are none for it.
+        codes: makes the same in codes, for a kernel that decodes them by itself, given also for how many positions it
+            does; of one input channel without the axis of channels. None where there are none for it.
         stored: how they are stored, in words: `4 bits, groups of 64`; empty without any.
     """
 
     shape: tuple[int, ...]
     packed: Callable[[int], relax.Expr]
     is_constant: bool = False
-    codes: Callable[[int], Packed] | None = None
+    codes: Callable[[int, int], Packed] | None = None
     stored: str = ""
 
 
@@ -42,16 +43,22 @@ def constant_weight(
     do not allow the order.
     """
 
-    def pack(array: np.ndarray, columns: int) -> np.ndarray:
-        return _pack(ordered(array), columns=columns)
+    def pack(array: np.ndarray, columns: int, unit: int = 1) -> np.ndarray:
+        return _pack(ordered(array), columns=columns, unit=unit)
 
     def packed(columns: int) -> relax.Expr:
         expr = _weights.packed(e, value, functools.partial(pack, columns=columns))
         assert expr is not None  # `fits` said so
         return expr
 
-    def codes(columns: int) -> Packed:
-        made = _packed.arranged(e, value, functools.partial(pack, columns=columns))
+    def codes(columns: int, positions: int) -> Packed:
+        unit = _sliding_streamed.unit(terms[0].bits, shape[1], positions, e.machine)
+
+        def in_rows(array: np.ndarray) -> np.ndarray:
+            tiles = pack(array, columns, unit)
+            return tiles if shape[1] > 1 else tiles.reshape(*tiles.shape[:-2], columns)
+
+        made = _packed.arranged(e, value, in_rows)
         assert made is not None  # `fits` said so
         return made
 
@@ -71,10 +78,10 @@ def computed_weight(e: Emitter, weight: relax.Expr) -> Weight:
     return Weight(shape, lambda columns: e.moved(functools.partial(_pack_te, columns=columns), weight, name="pack"))
 
 
-def _pack(weight: np.ndarray, *, columns: int) -> np.ndarray:
-    """weight: [o, i, *kernel] -> [o / columns, *kernel, i, columns]."""
-    filled = _weights.pad_to(weight, 0, columns)
-    tiles = filled.reshape(-1, columns, *weight.shape[1:])
+def _pack(weight: np.ndarray, *, columns: int, unit: int = 1) -> np.ndarray:
+    """weight: [o, i, *kernel] -> [o / columns, *kernel, i, columns], i filled up to a multiple of `unit`."""
+    filled = _weights.pad_to(_weights.pad_to(weight, 0, columns), 1, unit)
+    tiles = filled.reshape(-1, columns, *filled.shape[1:])
     rank = weight.ndim - 2
     return np.ascontiguousarray(tiles.transpose(0, *range(3, 3 + rank), 2, 1))
 

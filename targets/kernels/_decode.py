@@ -3,8 +3,8 @@
 The artefact holds codes. While building, they are put into the consumer's order (its own packing,
 applied to the codes), then packed again so that one vector of words holds the codes of as many
 vectors of weights as fit. Products, convolutions and cells of few steps decode them as they multiply (`_packed`,
-`lookup_gemv`, `_cells_product`); for what does not, depthwise layers and cells of many steps among them, a kernel decodes
-them into a planned buffer in front of each use.
+`lookup_gemv`, `_cells_product`); for what does not, depthwise layers and cells of many steps among them, a kernel
+decodes them into a planned buffer in front of each use.
 """
 
 from __future__ import annotations

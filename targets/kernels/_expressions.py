@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
+
+from mc_opt.targets._relax import dims
 
 Expr = Any
 
@@ -74,3 +76,9 @@ def rebuilt(expr: Expr, variables: Mapping[Any, Expr], replace: Callable[[Expr],
             return tirx.BufferLoad(expr.source, new)
         case _:  # Let: the variable stays
             return tirx.Let(expr.var, *new)
+
+
+def pairs(buffer: Any, indices: Sequence[Expr], row: Any, column: Any, width: int) -> int:
+    """How often an element is found by row and column of an image in successive places, so that both count as one."""
+    places = zip(indices, indices[1:], buffer.shape[1:], strict=False)
+    return sum(a.same_as(row) and b.same_as(column) and dims.same(dims.dim(n), width) for a, b, n in places)

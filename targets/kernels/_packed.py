@@ -123,6 +123,7 @@ class Decoder:
         forms = [_form(numbers[k : k + _NUMBERS]) for k in range(0, len(numbers), _NUMBERS)]
         self.weight = block.body.buffer
         self.per, self._lanes, self._columns = forms[0].per, forms[0].lanes, forms[0].columns
+        self.instructions = sum(form.instructions(machine) for form in forms)  # to decode a vector in registers
         self._terms: list[tuple[Buffer, Table]] = []
         value = block.body.value
         for form in reversed(forms[1:]):
@@ -150,6 +151,15 @@ class Decoder:
         if count % per:
             done = count // per * per
             self._rows(dense, row + done, panel, first + done, range(count % per), held)
+
+    def value(self, panel: Expr, v: int, first: Expr, code: int) -> Expr:
+        """Vector v of row `first` + `code` of a panel, where row `first` begins a word."""
+        total: Expr | None = None
+        for words, table in self._terms:
+            word = _loops.load(words, panel, v, first // self.per, 0, lanes=self._lanes)
+            part = table.weight(word, code, panel, v, first + code)
+            total = part if total is None else total + part
+        return total
 
     def _shifted(self, word: Expr, shift: Expr) -> Expr:
         return T.shift_right(word, _loops.splat(shift, self._lanes, "int32"))

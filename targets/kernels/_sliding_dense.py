@@ -18,9 +18,9 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _loops, _split, _tile
+from mc_opt.targets.kernels import _loops, _sliding_streamed, _split, _tile
 from mc_opt.targets.kernels._dense_parts import Block, Panel, Region
-from mc_opt.targets.kernels._expressions import Expr, is_load, walk
+from mc_opt.targets.kernels._expressions import Expr, is_load, pairs, walk
 from mc_opt.targets.kernels._nest import Nest, Registers, Span, Sums, spans
 from mc_opt.targets.kernels._packed import Decoder
 from mc_opt.targets.kernels._window import Sliding
@@ -49,7 +49,9 @@ class Dense(Nest):
         item = np.dtype(self.dtype).itemsize
         self.row_bytes = window.columns * item  # of one step of a panel
         self.bytes = math.prod(int(s) for s in self.weight.shape) * item
-        self.steps = math.prod(self.taps) * sums.inputs
+        # Channels of a tap as they are stored: in codes, filled up to whole words where that is worth it.
+        self.stored = int(self.weight.shape[-2])
+        self.steps = math.prod(self.taps) * self.stored
         image = self.source.shape[1:] if len(self.source.shape) > 2 else self.source.shape
         self.input_bytes = math.prod(dims.nominal(dims.dim(s)) for s in image) * item
         self.groups = self._groups()
@@ -62,15 +64,15 @@ class Dense(Nest):
         if [int(s) for s in self.source.shape[1:-1]] != self.positions:
             return False
         row, column = self.sums.consumer[-3:-1]
-        pairs = uses = 0
+        found = uses = 0
         width = self.positions[-1]
         values = [*self.sums.made.indices, self.sums.made.value]
         for x in (x for value in values for x in walk(value)):
             uses += x.same_as(row) or x.same_as(column)
             if is_load(x):
-                pairs += _pairs(x.source, x.indices, row, column, width)
-        pairs += _pairs(self.sums.made.buffer, self.sums.made.indices, row, column, width)
-        return bool(uses == 2 * pairs)
+                found += pairs(x.source, x.indices, row, column, width)
+        found += pairs(self.sums.made.buffer, self.sums.made.indices, row, column, width)
+        return bool(uses == 2 * found)
 
     def _groups(self) -> list[Span]:
         """Panels of the same number of vectors: whole ones, and the last where it is cut short."""
@@ -140,17 +142,18 @@ class Dense(Nest):
 
         Panels outside | images | blocks of the weight | tiles of positions; a small weight inside the positions.
         """
-        if self.bytes <= self.machine.l1:
+        if self.bytes <= self.machine.l1 and not self._streams(images, region, panels[0][0].size):
             self._small(image, images, region, panels)
             return
         for group, first, count in panels:
             wide = group.size * self.window.vector
             rows, across = self._tiles(region, wide * group.count, wide)
-            block = self._block_channels(region, rows, across)
-            decoded = self._room(block or self.steps)
+            is_streamed = _sliding_streamed.takes(self, images, rows, across, group.size)
+            block = 0 if is_streamed else self._block_channels(region, rows, across)
+            decoded = None if is_streamed else self._room(block or self.steps)
             with self.loops([count]) as (t,):
                 panel = self._panel(group, first + t)
-                if not block:
+                if not block and not is_streamed:
                     self._decode(decoded, 0, panel, 0, self.steps, unit=0)
                 with self.loops([images, *self.leading]) as (n, *leading):
                     at = [image + n, *leading]
@@ -179,6 +182,10 @@ class Dense(Nest):
                                 with self.serial(count) as t:
                                     part = self._whole(decoded, start + t * self.steps)
                                     self._tile(at, region, (row, r), (span, q), self._panel(group, first + t), part)
+
+    def _streams(self, images: Any, region: Region, held: int) -> bool:
+        tiles = self._tiles(region, self.channels, self.window.columns)
+        return _sliding_streamed.takes(self, images, *tiles, held)
 
     def _room(self, steps: int) -> Any:
         """Memory for so many decoded steps of a panel; None for a weight that is dense."""
@@ -248,7 +255,7 @@ class Dense(Nest):
             b = stack.enter_context(self.serial(blocks)) if blocks > 1 else self.index(0)
             last = [x == n - 1 for x, n in zip([*taps, b], [*self.taps, blocks], strict=True) if n > 1]
             part = Block(taps, b * block, block, memory, tirx.all(*last), decoded)
-            self._decode(decoded, 0, panel, self._flat([*taps, 0]) + b * block, block, unit=block)
+            self._decode(decoded, 0, panel, self.number_of([*taps, 0]) + b * block, block, unit=block)
             self._positions(at, region, rows, along, panel, part)
 
     def _positions(
@@ -293,8 +300,8 @@ class Dense(Nest):
         def stored(k: Expr, v: Expr, lane: Expr) -> Expr:
             return (((row0 + k // wide) * region.width + column0 + k % wide) * held + v) * vector + lane
 
-        def where(k: Expr) -> tuple[Expr, Expr]:
-            return region.row + row0 + k // wide, region.column + column0 + k % wide
+        def axes(k: Expr, channel: Expr) -> list[Expr | int]:
+            return self._kept(at, region.row + row0 + k // wide, region.column + column0 + k % wide, channel)
 
         def fetch() -> None:
             for acc in sums:
@@ -310,7 +317,7 @@ class Dense(Nest):
             for first, count, width in _loops.split(panel.valid, vector):
                 with self.unrolled(acc.count, count, width) as (k, v, lane):
                     offset = v * width + first + lane
-                    kept = self._kept(at, *where(acc.first + k), tile * self.window.columns + offset)
+                    kept = axes(acc.first + k, tile * self.window.columns + offset)
                     self.finish(acc.buffer, k * held * vector + offset, kept)
 
         def finish_all() -> None:
@@ -322,20 +329,10 @@ class Dense(Nest):
                 self.start(acc.buffer, acc.count * held, vector)
         else:
             fetch()
-        with ExitStack() as stack:
-            taps = part.taps or [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
-            c = stack.enter_context(self.serial(part.channels))
-            if ahead is not None and self.decoder is None:
-                self._prefetch(panel, taps, part, ahead, c)
-            step = part.row + (self._flat([*taps, c]) if memory is None else c)
-            for acc in sums:
-                with self.unrolled(acc.count, held, vector) as (k, v, lane):
-                    channel = tile * self.window.columns + v * vector + lane
-                    kept = self._kept(at, *where(acc.first + k), channel)
-                    weight = None
-                    if part.decoded is not None:
-                        weight = self.weight, part.decoded[step * self.window.columns + v * vector + lane]
-                    self.add(acc.buffer, (k * held + v) * vector + lane, kept, [*taps, part.first + c], weight)
+        if part.decoded is None and self.decoder is not None:
+            _sliding_streamed.multiply(self, self.decoder, sums, panel, axes)
+        else:
+            self._multiply(sums, panel, part, axes, ahead)
         if memory is None:
             finish_all()
         else:
@@ -345,10 +342,34 @@ class Dense(Nest):
                 with T.Else():
                     keep()
 
-    def _flat(self, steps: Sequence[Expr | int]) -> Expr | int:
+    def _multiply(
+        self,
+        sums: Sequence[Registers],
+        panel: Panel,
+        part: Block,
+        kept: Callable[[Expr, Expr], list[Expr | int]],
+        ahead: tuple[Expr, int] | None,
+    ) -> None:
+        """Add a block's steps to the sums of a tile; kept(position, channel): the axes that stay."""
+        vector, held, memory = self.window.vector, panel.held, part.memory
+        with ExitStack() as stack:
+            taps = part.taps or [stack.enter_context(self.serial(k)) if k > 1 else self.index(0) for k in self.taps]
+            c = stack.enter_context(self.serial(part.channels))
+            if ahead is not None and self.decoder is None:
+                self._prefetch(panel, taps, part, ahead, c)
+            step = part.row + (self.number_of([*taps, c]) if memory is None else c)
+            for acc in sums:
+                with self.unrolled(acc.count, held, vector) as (k, v, lane):
+                    axes = kept(acc.first + k, panel.number * self.window.columns + v * vector + lane)
+                    weight = None
+                    if part.decoded is not None:
+                        weight = self.weight, part.decoded[step * self.window.columns + v * vector + lane]
+                    self.add(acc.buffer, (k * held + v) * vector + lane, axes, [*taps, part.first + c], weight)
+
+    def number_of(self, steps: Sequence[Expr | int]) -> Expr | int:
         """The number of a step, given its tap and channel."""
         number: Expr | int = 0
-        for step, extent in zip(steps, [*self.taps, self.sums.inputs], strict=True):
+        for step, extent in zip(steps, [*self.taps, self.stored], strict=True):
             number = number * extent + step
         return number
 
@@ -377,9 +398,3 @@ class Dense(Nest):
         for line in range(0, share, self.window.vector):
             place = self.weight[(panel.number, *first, steps * columns + (number * steps + step) * share + line)]
             T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", tirx.address_of(place), read, nearest, data))
-
-
-def _pairs(buffer: Any, indices: Sequence[Expr], row: Any, column: Any, width: int) -> int:
-    """How often an element is found by row and column of an image in successive places, so that both count as one."""
-    places = zip(indices, indices[1:], buffer.shape[1:], strict=False)
-    return sum(a.same_as(row) and b.same_as(column) and dims.same(dims.dim(n), width) for a, b, n in places)

@@ -137,20 +137,24 @@ def convolution(
     if e.machine.kind == "cuda" and groups > 1 and group_columns >= _MANY_COLUMNS:
         packed = weight.packed(tile.columns)
         return _batched(e, source, packed, _added(e, bias, shift), window=window, groups=groups, name=name)
-    codes = None if weight.codes is None else weight.codes(tile.columns)
+    places = dims.product([shape[0], *positions])
+    codes = None if weight.codes is None else weight.codes(tile.columns, dims.nominal(places))
 
     def compute(a: te.Tensor, *given: te.Tensor) -> te.Tensor:
         b, factor, rest = (given[0], None, given[1:]) if codes is None else codes.stage(given)
         tiles = int(b.shape[0])
-        reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(window.kernel)]
-        channel = te.reduce_axis((0, per_group), name="c")
+        taps = window.kernel[: len(b.shape) - 3]
+        reduce = [te.reduce_axis((0, k), name=f"k{i}") for i, k in enumerate(taps)]
+        is_row = len(taps) < len(window.kernel)  # of one channel the last taps stand where channels do
+        channel = te.reduce_axis((0, window.kernel[-1] if is_row else per_group), name="c")
 
         def element(n: Any, *i: Any) -> Any:
             *p, column = i
-            where = [q * s + k * d for q, s, k, d in zip(p, window.strides, reduce, window.dilations, strict=True)]
+            steps = [*reduce, channel] if is_row else reduce
+            where = [q * s + k * d for q, s, k, d in zip(p, window.strides, steps, window.dilations, strict=True)]
             first = (column // group_columns) * per_group if groups > 1 else 0
             w = b(column // tile.columns, *reduce, channel, column % tile.columns)
-            return te.sum(a(n, *where, first + channel) * w, axis=[*reduce, channel])
+            return te.sum(a(n, *where, 0 if is_row else first + channel) * w, axis=[*reduce, channel])
 
         domain = (shape[0], *positions, tiles * tile.columns)
         total = te.compute(domain, element, name="mc_conv", attrs=sliding.annotation(e.machine))

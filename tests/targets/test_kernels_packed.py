@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import onnx_ir
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mc_opt.targets._relax import lower
-from mc_opt.targets.kernels import _split
+from mc_opt.targets.kernels import _sliding_streamed, _split
+from tests._harness import sampled
 from tests.targets import _kernels
 from tests.targets._kernels import check, machine, model, normal
 from tests.targets.test_kernels_gemm import FORMS, packed
@@ -85,6 +87,50 @@ def test_every_window(name, monkeypatch):
     check_convolution(CASES[name], {"bits": 4})
     monkeypatch.setattr(_split, "_WORTH", 0)
     check_convolution(CASES[name], {"bits": 3, **GROUPED}, threads=3, cpu="x86-64-v3")
+
+
+# Few positions: weights that are decoded in registers, those of one channel and those whose taps begin words included.
+FEW = {
+    "a row of samples": (1, 1, (640,), 70, (256,), "strides=[128]", 1),
+    "taps that are filled up": (1, 29, (4,), 50, (3,), "pads=[1,1]", 1),
+    "taps that begin inside of words": (1, 13, (4,), 50, (3,), "pads=[1,1]", 1),
+    "an image of one channel": (1, 1, (5, 9), 20, (3, 5), "pads=[1,0,1,0], dilations=[1,2]", 1),
+    "groups of images": (2, 48, (3, 3), 64, (3, 3), "pads=[0,0,0,0]", 2),
+    "three rows": (1, 40, (5, 5), 90, (3, 3), "strides=[1,2]", 1),
+}
+
+
+@pytest.mark.parametrize("name", sampled(FEW, ["taps that are filled up"]))
+@pytest.mark.parametrize("cpu", PROCESSORS)
+def test_few_positions_are_multiplied_as_codes_are_decoded(name, cpu, monkeypatch):
+    check_convolution(FEW[name], {"bits": 4}, cpu=cpu)
+    if name != "taps that are filled up":
+        monkeypatch.setattr(_split, "_WORTH", 0)
+        check_convolution(FEW[name], {"bits": 3, **GROUPED, "offset": True}, cpu=cpu, threads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("name", FEW)
+def test_few_positions_may_be_decoded_before_too(name, monkeypatch):
+    monkeypatch.setattr(_sliding_streamed, "takes", lambda *_: False)
+    check_convolution(FEW[name], {"bits": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_weight_of_few_positions_is_not_written_to_memory(monkeypatch):
+    case = (1, 40, (4,), 50, (3,), "pads=[1,1]", 1)
+    node, weights = packed(shape_of(case), (0,), 4)
+    proto = model(convolution(case, node), weights | {"b": normal(case[3], seed=1)})
+
+    def largest():
+        text = _kernels.compiled(proto, machine())[1].script()
+        return max(int(size) for size in re.findall(r"alloc_buffer\(\((\d+),", text))
+
+    registers = largest()
+    monkeypatch.setattr(_sliding_streamed, "takes", lambda *_: False)
+    assert registers < 3 * 40 * 16 <= largest()  # all steps of a panel, which has a vector at least
 
 
 # Blocks of 32 and of 35 steps: these begin inside of words.
