@@ -1,9 +1,11 @@
-"""Which convolutions in a row run as one kernel, a block of rows at a time, by the time that this is predicted to save.
+"""Which kernels in a row run as one, a block of rows at a time, by the time that this is predicted to save.
+
+They are convolutions and products; the rows of a product are rows of one position each.
 
 Apart, each writes all that it makes and the next one reads it: as far as the second-level cache does not hold that, it
 comes from further away. Joined, a few rows of it stay in the cache, and weights are read again for each block. Both are
-small beside the sums where images are small or channels many: then convolutions stay apart, as they do where weights
-and rows do not fit in the cache together.
+small beside the sums where images are small or channels many: then kernels stay apart, as they do where weights and
+rows do not fit in the cache together.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _WORTH = 0.04
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A convolution as the rule sees it.
+    """A convolution or product as the rule sees it.
 
     Attributes:
         rows: of what it makes.
@@ -89,10 +91,10 @@ class Joined:
 
 
 def joined(parts: Sequence[Part], *, cache: int, lanes: int, threads: int = 1) -> list[Joined]:
-    """The convolutions of a row to join, of all ways to cut it that of least time.
+    """The parts of a row to join, of all ways to cut it that of least time.
 
     Args:
-        parts: convolutions of which each reads what the one before it makes, and nobody else does.
+        parts: kernels of which each reads what the one before it makes, and nobody else does.
         cache: bytes of the second-level cache; 0 where kernels are not joined.
         lanes: numbers in a vector.
         threads: that share the rows.
@@ -122,7 +124,7 @@ def _apart(part: Part, cache: int) -> float:
 
 
 def _blocks(parts: Sequence[Part], *, cache: int, lanes: int, threads: int) -> tuple[float, int] | None:
-    """What joining some convolutions costs beside their sums, and the best height of a block; None where the cache does
+    """What joining some parts costs beside their sums, and the best height of a block; None where the cache does
     not hold a block, or rows would be computed twice.
     """
     if any(part.slides for part in parts[2:]):
@@ -139,7 +141,7 @@ def _blocks(parts: Sequence[Part], *, cache: int, lanes: int, threads: int) -> t
 
 
 def held(parts: Sequence[Part], high: int, lanes: int) -> int:
-    """Bytes of the rows between some convolutions."""
+    """Bytes of the rows between some parts."""
     return sum(
         (after.reach(high) if after.slides else high) * before.width * before.pitch(lanes) * before.itemsize
         for before, after in itertools.pairwise(parts)

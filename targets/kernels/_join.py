@@ -1,8 +1,8 @@
-"""Convolutions of a lowered model that run as one kernel, a block of rows at a time: found in main, and replaced there.
+"""Kernels in a row that run as one, a block of rows at a time: found in main of a lowered model, and replaced there.
 
 Products of all rows with one matrix, pointwise and channelwise convolutions in a row are looked at: stages of a
-factored layer, a feed-forward network, blocks of a MobileNet. They are joined where `_row_blocks` predicts that it
-saves time.
+factored layer, a feed-forward network, blocks of a MobileNet. Those of which nobody else reads what stands between
+them are joined where `_row_blocks` predicts that it saves time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mc_opt.targets.kernels._sliding_joined import Stage
 # The attribute of a PrimFunc that names the kernels in it.
 PARTS = "mc_opt.parts"
 
-# Blocks of sums to which zeros beyond an image add nothing.
-_CONVOLUTIONS = ("mc_conv", "mc_depthwise", "mc_gemm")
+# Blocks of sums to which zeros beyond an image add nothing: convolutions and products, not maxima.
+_JOINABLE = ("mc_conv", "mc_depthwise", "mc_gemm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Call:
 
 
 def join(module: tvm.IRModule, machine: Machine) -> tuple[tvm.IRModule, list[str]]:
-    """The fused module with convolutions joined where that saves time, and a line for each row of them: how it runs."""
+    """The fused module with kernels joined where that saves time, and a line for each row of them: how it runs."""
     stages = {v: _stage(f) for v, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
     builder = relax.BlockBuilder(module)
     made: dict[tuple[Any, ...], Any] = {}
@@ -98,9 +98,10 @@ def _said(run: list[_Call], cuts: list[_row_blocks.Joined]) -> str:
     at = 0
     for cut in cuts:
         words += names[at : cut.first]
-        words.append(f"({' + '.join(names[cut.first : cut.last])} in blocks of {cut.high} rows)")
+        rows = "1 row" if cut.high == 1 else f"{cut.high} rows"
+        words.append(f"({' + '.join(names[cut.first : cut.last])} in blocks of {rows})")
         at = cut.last
-    return f"convolutions in a row: {', '.join([*words, *names[at:]])}"
+    return f"kernels in a row: {', '.join([*words, *names[at:]])}"
 
 
 # --- what kernels do ----------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def _stage(function: Any) -> Stage | None:
     _schedule.inline(state)
     first, *rest = [state.get(b) for b in _schedule.blocks(state)] or [None]
     window = None if first is None else _window.read(first.annotations)
-    if window is None or first.name_hint not in _CONVOLUTIONS or len(rest) > 1 or window.behind > 1:
+    if window is None or first.name_hint not in _JOINABLE or len(rest) > 1 or window.behind > 1:
         return None
     try:
         sums = read_sums(first, rest[0] if rest else None)

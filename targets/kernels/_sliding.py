@@ -71,7 +71,7 @@ class Channelwise(Nest):
                     with self.serial(count) as u:
                         self._row(at, u * lanes + start, lanes, wide, inner)
 
-    def part(self, image: Expr, row: Expr, count: int) -> None:
+    def write_rows(self, image: Expr, row: Expr, count: int) -> None:
         """Some rows of an image: vectors of channels outside, whose rows then stay in the first-level cache."""
         last, width = self.window.axes[-1], self.positions[-1]
         wide = self.window.wide or _window.channelwise_width(width, self.machine)

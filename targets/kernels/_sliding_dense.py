@@ -105,7 +105,7 @@ class Dense(Nest):
             if left:
                 self._each_region(share, threads, lambda region: self._panels(0, self.images, region, left))
 
-    def part(self, image: Expr, region: Region) -> None:
+    def write_region(self, image: Expr, region: Region) -> None:
         """All channels at some positions of an image."""
         self._panels(image, 1, region, [(group, 0, group.count) for group in self.groups])
 

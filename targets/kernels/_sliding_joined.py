@@ -1,4 +1,4 @@
-"""Convolutions in a row as one kernel: a few rows of positions at a time run through all of them.
+"""Convolutions and products in a row as one kernel: a few rows of positions at a time run through all of them.
 
     for each block of rows:  y1 = f1(x, rows of y1 that are new);  y2 = f2(y1);  ..;  y = fn(y(n-1))
 
@@ -34,7 +34,7 @@ from mc_opt.targets.kernels._window import Sliding
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One of the convolutions.
+    """One of the convolutions or products.
 
     Attributes:
         parameters: its inputs and its output.
@@ -134,7 +134,13 @@ def written(stages: Sequence[Stage], high: int, machine: Machine) -> Any:
 
 
 class _Joined:
-    """Writes the loops."""
+    """Writes the loops.
+
+    Attributes:
+        rows: of the buffers between two stages each.
+        held: these buffers, of the share that is written now.
+        blocks: of rows of the last stage, `high` each.
+    """
 
     def __init__(self, stages: Sequence[Stage], high: int, machine: Machine) -> None:
         self.stages, self.high, self.machine = stages, high, machine
@@ -161,18 +167,18 @@ class _Joined:
         threads = _split.threads(sum(stage.part.nanoseconds for stage in self.stages), self.machine)
         zero, images, blocks = map(self.index, (0, self.images, self.blocks))
         if threads == 1:
-            self._share((zero, images), (zero, blocks))
+            self._write_share((zero, images), (zero, blocks))
             return
         with T.parallel(zero, self.index(threads)) as share:
             if self.images % threads == 0:
                 each = self.images // threads
-                self._share((share * each, self.index(each)), (zero, blocks))
+                self._write_share((share * each, self.index(each)), (zero, blocks))
                 return
             each, longer = divmod(self.blocks, threads)
             count = each + tirx.Select(share < longer, self.index(1), zero) if longer else self.index(each)
-            self._share((zero, images), (share * each + tirx.min(share, self.index(longer)), count))
+            self._write_share((zero, images), (share * each + tirx.min(share, self.index(longer)), count))
 
-    def _share(self, images: tuple[Expr, Expr], blocks: tuple[Expr, Expr]) -> None:
+    def _write_share(self, images: tuple[Expr, Expr], blocks: tuple[Expr, Expr]) -> None:
         """Images and blocks, of both the first one and how many.
 
         All loops begin with 0: TVM's CanonicalizeLoop forgets the beginning of an outer one in the bounds of an inner.
@@ -188,11 +194,11 @@ class _Joined:
             image, block = images[0] + i, blocks[0] + k
             first = block * self.high
             if self.rows[0].above is None:
-                self._part(0, image, first, self.high, first)
+                self._write_rows(0, image, first, self.high, first)
             else:
                 self._fill(image, block, k == 0)
             for number in range(1, len(self.stages)):
-                self._part(number, image, first, self.high, first)
+                self._write_rows(number, image, first, self.high, first)
 
     def _fill(self, image: Expr, block: Expr, is_first: Expr) -> None:
         """The rows of the first stage that the block needs and the one before it did not.
@@ -209,12 +215,12 @@ class _Joined:
             row = start + k - above
             with T.If(tirx.all(row >= 0, row < held)):
                 with T.Then():
-                    self._part(0, image, row, 1, zero)
+                    self._write_rows(0, image, row, 1, zero)
                 with T.Else():
                     self._clear(row)
         if new > 1:
             with T.If(inside), T.Then():
-                self._part(0, image, first - above, new, zero)
+                self._write_rows(0, image, first - above, new, zero)
 
     def _clear(self, row: Expr) -> None:
         """A row of zeros in the ring."""
@@ -223,28 +229,30 @@ class _Joined:
         with T.serial(self.index(0), self.index(rows.width * rows.pitch // lanes)) as k:
             _loops.store(self.held[0], _loops.splat(0.0, lanes, self.dtype), begin + k * lanes, lanes=lanes)
 
-    def _part(self, number: int, image: Expr, row: Expr, count: int, first: Expr) -> None:
+    def _write_rows(self, number: int, image: Expr, row: Expr, count: int, first: Expr) -> None:
         """Some rows of a stage."""
         stage = self.stages[number]
         width, depth = stage.shape[2], number - 1
         if not stage.window.channelwise:
             dense = Dense(stage.sums, stage.window, self.machine)
             dense.input_bytes = self._input_bytes(number, count)
+            # What the first stage writes may be a ring, in which the image's rows do not follow each other.
             dense.flat = dense.flat and number > 0
             dense.sums = self._moved(number, first)
             in_one = dense.flat or stage.is_product
             region = Region(0, 1, row * width, count * width) if in_one else Region(row, count, 0, width)
-            dense.part(image, region)
+            dense.write_region(image, region)
             return
         window = stage.window
         if number and self.rows[depth].above is not None:
+            # The ring holds the zeros around the image too: no tap is outside of it.
             axis = window.axes[0]
             held = stage.part.reach(stage.shape[1])
             window = dataclasses.replace(
                 window, axes=(dataclasses.replace(axis, before=0, held=held), *window.axes[1:])
             )
         nest = Channelwise(self._moved(number, first), window, self.machine)
-        nest.part(image, row, count)
+        nest.write_rows(image, row, count)
 
     def _input_bytes(self, number: int, rows: int) -> int:
         """Of what so many rows of a stage read."""

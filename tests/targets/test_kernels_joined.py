@@ -1,4 +1,4 @@
-"""Convolutions in a row that run as one kernel, a block of rows at a time."""
+"""Convolutions and products in a row that run as one kernel, a block of rows at a time."""
 
 from __future__ import annotations
 

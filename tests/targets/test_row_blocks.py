@@ -1,4 +1,4 @@
-"""Which convolutions in a row run as one kernel: what follows from their sizes."""
+"""Which kernels in a row run as one: what follows from their sizes."""
 
 from __future__ import annotations
 
