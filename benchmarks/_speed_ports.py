@@ -18,6 +18,7 @@ _FMA = re.compile(r"^vfn?m(?:add|sub)\d+(?P<kind>[ps][sd])\b.*%(?P<register>[xyz
 _LOOPS = 6  # those with the most multiply-adds a turn; others are tails
 _LANES = {"xmm": 4, "ymm": 8, "zmm": 16}
 _THROUGHPUT = re.compile(r"Block RThroughput:\s*([\d.]+)")
+_PRESSURE = re.compile(r"Resource pressure per iteration:\n.*\n(.*)")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,17 @@ def _cycles(loop: Sequence[str], cpu: str) -> float:
     """Cycles a turn by the ports alone; 0 when llvm-mca does not know the processor or an instruction."""
     text = "\n".join(re.sub(r"\s*<[^>]*>", "", line) for line in loop)
     command = ["llvm-mca", "-mtriple=x86_64", f"-mcpu={cpu}", "-iterations=100"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
-    found = _THROUGHPUT.search(done.stdout)
-    return float(found[1]) if found is not None else 0.0
+    return needed(subprocess.run(command, input=text, capture_output=True, text=True).stdout)
+
+
+def needed(report: str) -> float:
+    """Cycles that the ports need for a block by a report of llvm-mca; 0 where it has none.
+
+    Its "Block RThroughput" takes one kind of instructions at a time: 512-bit permutations have port 5, shifts port 0,
+    multiply-adds both, and together they take as long as the busiest port works for all of them.
+    """
+    throughput, pressure = _THROUGHPUT.search(report), _PRESSURE.search(report)
+    if throughput is None:
+        return 0.0
+    ports = [float(word) for word in pressure[1].split() if word != "-"] if pressure is not None else []
+    return max([float(throughput[1]), *ports])

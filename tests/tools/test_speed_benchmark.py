@@ -152,6 +152,23 @@ def test_multiply_adds_count_their_lanes(text: str, count: int) -> None:
     assert ports.flops([text]) == count
 
 
+# What llvm-mca 14 prints of a permutation, a shift and a multiply-add of 512 bits, shortened.
+REPORT = """Block RThroughput: 1.0
+
+Resource pressure per iteration:
+[0]    [1]    [2]    [3]    [4]    [5]    [6]    [7]    [8]    [9]
+ -      -     1.50    -      -      -      -     1.50    -      -
+
+Resource pressure by instruction:
+"""
+
+
+def test_a_loop_takes_as_long_as_its_busiest_port() -> None:
+    assert ports.needed(REPORT) == 1.5
+    assert ports.needed(REPORT.replace("Block RThroughput: 1.0", "Block RThroughput: 2.0")) == 2.0
+    assert ports.needed("error: no assembly instructions found.") == 0
+
+
 def test_a_state_bound_in_onnx_runtime_stays_there() -> None:
     text = """<ir_version: 10, opset_import: ["": 21]>
     g (float[1] x, int64[1, 1] at, float[3] old) => (float[1] y, float[3] new)
