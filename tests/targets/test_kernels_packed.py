@@ -101,7 +101,7 @@ FEW = {
 
 
 @pytest.mark.parametrize("name", sampled(FEW, ["taps that are filled up"]))
-@pytest.mark.parametrize("cpu", PROCESSORS)
+@pytest.mark.parametrize("cpu", sampled(PROCESSORS, ["native"]))
 def test_few_positions_are_multiplied_as_codes_are_decoded(name, cpu, monkeypatch):
     check_convolution(FEW[name], {"bits": 4}, cpu=cpu)
     if name != "taps that are filled up":

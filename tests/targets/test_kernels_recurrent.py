@@ -47,18 +47,25 @@ def kernels(cpu, *given):
     return lowered_model(model(*given), machine(cpu)).kernels
 
 
+def test_a_step_looks_codes_up():
+    given = layer("LSTM", {"bits": 4}, steps=2, batch=1, inputs=21, hidden=45)
+    assert "LSTM: 4 bits, looked up at each step" in kernels("native", *given)
+    check(*given)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("op", "extra", "form"),
     [
         ("LSTM", "", {"bits": 4}),
-        *[
-            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.ci])
-            for case in (("GRU", LINEAR, {"bits": 3, **GROUPED}), ("GRU", "", {"bits": 2}), ("RNN", "", {"bits": 8}))
-        ],
+        ("GRU", LINEAR, {"bits": 3, **GROUPED}),
+        ("GRU", "", {"bits": 2}),
+        ("RNN", "", {"bits": 8}),
     ],
 )
 @pytest.mark.parametrize("cpu", PROCESSORS)
-def test_a_few_steps_look_codes_up(op, extra, form, cpu, monkeypatch):
+def test_rows_of_both_directions_look_codes_up(op, extra, form, cpu, monkeypatch):
     looked_up(monkeypatch, always=True)
     how = {"steps": 3, "batch": 9, "inputs": 21, "hidden": 45, "direction": "bidirectional", "extra": extra}
     check(*layer(op, form, initial=True, **how), cpu=cpu)
@@ -81,7 +88,12 @@ def test_a_sum_of_codes_is_decoded_before_the_steps_and_the_report_says_why():
     given = layer("LSTM", {"bits": 3}, pack=two_terms, steps=1, batch=1)
     lowered = lowered_model(model(*given), machine())
     assert any("the recurrent weight 'r' is decoded at each call: it is a sum of codes" in f for f in lowered.fallbacks)
-    check(*given, quiet=False)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_sums_of_codes():
+    check(*layer("LSTM", {"bits": 3}, pack=two_terms, steps=1, batch=1), quiet=False)
 
 
 @pytest.mark.slow
