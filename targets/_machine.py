@@ -57,6 +57,7 @@ _ICE_LAKE = (
     *("avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq", "gfni", "vaes", "vpclmulqdq"),
 )
 _SAPPHIRE_RAPIDS = (*_ICE_LAKE, "avx512bf16", "avx512fp16", "avxvnni")
+_ALDER_LAKE = (*_V3, "avxvnni", "gfni", "vaes", "vpclmulqdq")
 _ZEN4 = (*_ICE_LAKE, "avx512bf16")
 
 _LEVELS = {"x86-64-v3": _V3, "x86-64-v4": _V4}
@@ -67,6 +68,7 @@ _NAMES = {
         "icelake-server": _ICE_LAKE,
         "cascadelake": _CASCADE_LAKE,
         "skylake-avx512": _V4,
+        "alderlake": _ALDER_LAKE,
         "haswell": _V3,
     },
     "AuthenticAMD": {"znver4": _ZEN4, "znver3": _V3},

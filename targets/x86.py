@@ -21,7 +21,7 @@ class X86(ProcessorTarget):
     form=vm makes model.so for TVM's runtime, form=static makes libmodel.a and model.h, which need no runtime and run in
     the caller's thread. prefix starts their names, so that two static models fit in one program. activations=int8
     rounds what is multiplied with packed weights to 8 bits, each row by its own scale: faster, with an error of its own
-    that the report shows; for processors with AVX-512 VNNI, many rows at a time in the tiles of AMX.
+    that the report shows; many rows at a time in the tiles of AMX where the processor has them.
     """
 
     name: ClassVar[str] = "x86"
@@ -46,6 +46,7 @@ class X86(ProcessorTarget):
         "x86-64-v3",
         "x86-64-v4",
         "haswell",
+        "alderlake",
         "skylake-avx512",
         "cascadelake",
         "icelake-server",

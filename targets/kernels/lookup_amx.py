@@ -16,7 +16,8 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets.kernels import _loops
-from mc_opt.targets.kernels._bytes import BYTES, LANES, Bytes, Finish, permuted
+from mc_opt.targets.kernels._bytes import BYTES, Bytes, Finish, permuted
+from mc_opt.targets.kernels._dot import WIDE as LANES
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
 _HIGH, _SUMS, _TILES = 16, 4, 8

@@ -4,7 +4,8 @@
     y[m, n] = s[m] · Σ_g scale[g, n] · (Σ_{k in g} q[m, k] · level[code[k, n]]) + bias[n]
 
 `vpdpbusd` multiplies unsigned bytes with signed ones, so the levels are taken 128 higher and 128 · Σ q is taken off.
-Of many rows, `lookup_amx` multiplies them in tiles where the process may; its sums of integers are the same.
+Of many rows, `lookup_amx` multiplies them in tiles where the process may; other processors do by `_dot`. The sums of
+integers are the same.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax.emitter import Emitter, LookupWeight
-from mc_opt.targets.kernels import _bytes, _loops, _prefetch, _weights, lookup_amx
-from mc_opt.targets.kernels._bytes import BYTES, LANES, Bytes, Finish, permuted
+from mc_opt.targets.kernels import _bytes, _dot, _loops, _prefetch, _weights, lookup_amx
+from mc_opt.targets.kernels._bytes import BYTES, Bytes, Finish, permuted
+from mc_opt.targets.kernels._dot import Dot
 from mc_opt.targets.kernels._loops import Argument, Buffer, Expr
 
-# Vectors of sums that leave registers for codes and levels; of columns in a tile of few rows, and of many: of one or
-# two columns' vectors, loading the inputs would take longer than multiplying.
-_MOST_SUMS = 24
-_FEW_ROWS, _MANY_ROWS = 4, 3
+# Vectors of columns in a tile of few rows, and of many by their lanes: of fewer columns, loading the inputs would take
+# longer than multiplying.
+_FEW_ROWS, _MANY_ROWS = 4, {_dot.WIDE: 3, _dot.NARROW: 2}
+# Lanes in which inputs are rounded.
+_LANES = 16
+# Products of a column that are written out at a time, where sums of 16 bits have room for them.
+_AT_ONCE = 8
 
 
 def product(
@@ -34,20 +39,24 @@ def product(
     """a: [m, k], the weight [k, n] (or [n, k]) -> [m, n]; None, and a note why, when it runs with fp32 activations."""
     rows, depth = (int(s) for s in a.ty.shape)
     n = weight.shape[0 if transposed else 1]
+    dot = _dot.of(e.machine)
+    if isinstance(dot, str):
+        _stays(e, rows, depth, n, dot)
+        return None
     in_tiles = lookup_amx.takes(rows, depth, weight.group_size, e.machine)
-    vectors = min(lookup_amx.vectors(rows) if in_tiles else _vectors(rows), -(-n // LANES))
+    vectors = min(lookup_amx.vectors(rows) if in_tiles else _vectors(rows, dot), -(-n // dot.lanes))
     # Functions that share their constants must find them in one order, be it slower by some hundredths for many rows.
-    is_part = e.shares and _FEW_ROWS % vectors == 0 and n > (_FEW_ROWS - 1) * LANES
+    is_part = e.shares and _FEW_ROWS % vectors == 0 and n > (_FEW_ROWS - 1) * dot.lanes
     stored = _FEW_ROWS if is_part else vectors
 
     def pack(array: np.ndarray) -> np.ndarray:
-        return _weights.pack_columns(array.T if transposed else array, stored * LANES)
+        return _weights.pack_columns(array.T if transposed else array, stored * dot.lanes)
 
-    made = _bytes.arrange(weight, pack, e.machine, vectors=vectors)
+    made = _bytes.arrange(weight, pack, e.machine, dot, vectors=vectors)
     if isinstance(made, str):
-        e.note_fallback(f"activations=int8: a product of {rows} x {depth} x {n} runs in float32: {made}")
+        _stays(e, rows, depth, n, made)
         return None
-    high = lookup_amx.high(rows) if in_tiles else _high(rows, made.vectors)
+    high = lookup_amx.high(rows) if in_tiles else _high(rows, made)
     # 64 bytes of each row of a block lie side by side: one stream to read, whatever the rows are.
     width = -(-made.groups * made.run // BYTES)
     outputs: list[Argument] = [
@@ -55,11 +64,8 @@ def product(
         ((rows,), "float32"),
         ((rows, made.groups), "int32"),
     ]
-    quantise = _loops.kernel(
-        [((rows, depth), "float32"), *outputs], functools.partial(_quantise, rows, depth, made.run)
-    )
-    unsigned = (made.levels.astype(np.int16) + 128).astype(np.uint8)
-    arrays = [made.words, made.scale, unsigned]
+    quantise = _loops.kernel([((rows, depth), "float32"), *outputs], functools.partial(_quantise, rows, depth, made))
+    arrays = [made.words, made.scale, made.table]
     if in_tiles:
         arrays += [made.levels, lookup_amx.configuration(made, rows)]
     held = [*e.call(quantise, [a], outputs, name="quantise_rows"), *map(e.weight, arrays)]
@@ -75,18 +81,24 @@ def product(
     return e.call(function, held, [((rows, n), "float32")], name="lookup_int8")[0]
 
 
-def _vectors(rows: int) -> int:
+def _stays(e: Emitter, rows: int, depth: int, n: int, reason: str) -> None:
+    """Say why a product runs with fp32 activations."""
+    e.note_fallback(f"activations=int8: a product of {rows} x {depth} x {n} runs in float32: {reason}")
+
+
+def _vectors(rows: int, dot: Dot) -> int:
     """Vectors of columns in a tile."""
-    return _FEW_ROWS if _FEW_ROWS * rows <= _MOST_SUMS else _MANY_ROWS
+    return _FEW_ROWS if _FEW_ROWS * rows <= dot.most_sums else _MANY_ROWS[dot.lanes]
 
 
-def _high(rows: int, vectors: int) -> int:
+def _high(rows: int, weight: Bytes) -> int:
     """Rows of a tile whose sums stay in registers, as even as it goes."""
-    return -(-rows // -(-rows // (_MOST_SUMS // vectors)))
+    return -(-rows // -(-rows // (weight.dot.most_sums // weight.vectors)))
 
 
-def _quantise(rows: int, depth: int, run: int, a: Buffer, q: Buffer, step: Buffer, taken: Buffer) -> None:
-    """The rows of a in 8 bits, their steps, and -128 times the sums of their groups."""
+def _quantise(rows: int, depth: int, weight: Bytes, a: Buffer, q: Buffer, step: Buffer, taken: Buffer) -> None:
+    """The rows of a in 8 bits, their steps, and what the raised levels add to the sums of their groups, negative."""
+    run = weight.run
     high, width = int(q.shape[2]), BYTES * int(q.shape[1])
 
     def size(i: Expr, m: Expr, lanes: int) -> Expr:
@@ -95,7 +107,7 @@ def _quantise(rows: int, depth: int, run: int, a: Buffer, q: Buffer, step: Buffe
         return bits & _loops.splat(0x7FFFFFFF, lanes, "int32")
 
     with T.serial(0, rows) as m:
-        largest = _loops.reduce_row(lambda i, lanes: size(i, m, lanes), depth, tirx.max, 0, lanes=LANES, dtype="int32")
+        largest = _loops.reduce_row(lambda i, lanes: size(i, m, lanes), depth, tirx.max, 0, lanes=_LANES, dtype="int32")
         top = tirx.reinterpret("float32", largest)
         factor = _loops.registers(1, 1)
         T.buffer_store(step, top * tirx.const(1 / 127, "float32"), [m])
@@ -108,7 +120,7 @@ def _quantise(rows: int, depth: int, run: int, a: Buffer, q: Buffer, step: Buffe
             kind = "int8" if lanes == 1 else f"int8x{lanes}"
             _loops.store(q, tirx.Cast(kind, tirx.floor(x)), *_place(m, i, high), lanes=lanes)
 
-        _loops.map_row(write, depth, lanes=LANES)
+        _loops.map_row(write, depth, lanes=_LANES)
         if depth < width:
             with T.serial(0, width - depth) as i:
                 T.buffer_store(q, tirx.const(0, "int8"), list(_place(m, i + depth, high)))
@@ -118,9 +130,9 @@ def _quantise(rows: int, depth: int, run: int, a: Buffer, q: Buffer, step: Buffe
                 kind = "int32" if lanes == 1 else f"int32x{lanes}"
                 return tirx.Cast(kind, _loops.load(q, *_place(m, g * run + i, high), lanes=lanes))
 
-            lanes = LANES if run % LANES == 0 else LANES // 2
+            lanes = _LANES if run % _LANES == 0 else _LANES // 2
             total = _loops.reduce_row(code, run, lambda x, y: x + y, 0, lanes=lanes, dtype="int32")
-            T.buffer_store(taken, total * tirx.const(-128, "int32"), [m, g])
+            T.buffer_store(taken, total * tirx.const(-weight.raised, "int32"), [m, g])
 
 
 def _place(m: Expr, k: Expr, high: int) -> tuple[Expr, Expr, Expr, Expr]:
@@ -145,7 +157,7 @@ def _body(
 ) -> None:
     *extra, out = rest
     bias = extra.pop() if has_bias else None
-    columns = weight.vectors * LANES
+    columns = weight.vectors * weight.dot.lanes
 
     def finish(value: Expr, m: Expr, column: Expr, lanes: int) -> None:
         """Write sums of products in units of the row's step."""
@@ -180,63 +192,77 @@ def _tile(
     t: Expr,
     width: int,
 ) -> None:
-    """`width` columns of tile t for all rows; operands: the inputs, the words, the scales and the levels + 128."""
+    """`width` columns of tile t for all rows; operands: the inputs, the words, the scales and the raised levels."""
     q, words, scale, levels = operands
-    vectors, run, unit = weight.vectors, weight.run, weight.unit
+    vectors, run, unit, dot = weight.vectors, weight.run, weight.unit, weight.dot
+    lanes, size_of_step = dot.lanes, vectors * dot.size
+    # Products that are added to a sum at a time, and words that have so many.
+    together = 1 if dot.has_vnni else weight.pairs
+    at_once = max(1, min(together, _AT_ONCE) // weight.planes)
     high = int(q.shape[2])
     # Rows beyond a first block find the weights in a cache.
-    ahead = _prefetch.ahead(weight.words.nbytes, vectors * BYTES) if rows <= high else 0
+    ahead = _prefetch.ahead(weight.words.nbytes, size_of_step) if rows <= high else 0
 
     def level(w: Expr, v: int, p: int) -> Expr:
         tile, vector = weight.at(t, v)
-        return permuted(levels, weight, _loops.load(words, tile, w, vector, 0, lanes=LANES), p)
+        return permuted(levels, weight, _loops.load(words, tile, w, vector, 0, lanes=lanes), p)
 
-    def word_of(w: Expr, b: Expr, first: int, parts: list[Buffer]) -> None:
-        """Add the products of one word of codes in each lane."""
+    def words_of(w: Expr, count: int, b: Expr, first: int, parts: list[Buffer]) -> None:
+        """Add the products of `count` words of codes in each lane."""
         if ahead:
             tile, first_vector = weight.at(t, 0)
-            _prefetch.ask(words, tile, w + ahead, first_vector, 0, size=vectors * BYTES)
-        for p in range(weight.planes):
-            values = [level(w, v, p) for v in range(vectors)]
-            k = w * unit + p * 4
+            for i in range(count):
+                _prefetch.ask(words, tile, w + (ahead + i), first_vector, 0, size=size_of_step)
+        planes = [(w + i, p) for i in range(count) for p in range(weight.planes)]
+        for start in range(0, len(planes), together):
+            held = planes[start : start + together]
+            values = [[level(word, v, p) for v in range(vectors)] for word, p in held]
             for i, part in enumerate(parts):
-                four = tirx.reinterpret("int32", _loops.load(q, b, k // BYTES, first + i, k % BYTES, lanes=4))
-                factor = tirx.reinterpret("int8x64", _loops.splat(four, LANES))
-                for v, value in enumerate(values):
-                    held = _loops.load(part, v * LANES, lanes=LANES)
-                    total = T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", held, value, factor)
-                    _loops.store(part, total, v * LANES, lanes=LANES)
+                factors = [factor(b, word * unit + p * 4, first + i) for word, p in held]
+                for v in range(vectors):
+                    products = [(value[v], four) for value, four in zip(values, factors, strict=True)]
+                    total = dot.added(_loops.load(part, v * lanes, lanes=lanes), products, is_signed=weight.raised == 0)
+                    _loops.store(part, total, v * lanes, lanes=lanes)
+
+    def factor(b: Expr, k: Expr, row: int) -> Expr:
+        """Four bytes of a row of block b, from k on, in every lane."""
+        four = tirx.reinterpret("int32", _loops.load(q, b, k // BYTES, row, k % BYTES, lanes=4))
+        return tirx.reinterpret(f"int8x{dot.size}", _loops.splat(four, lanes))
 
     def group(g: Expr, b: Expr, first: int, sums: list[Buffer]) -> None:
-        parts = [_loops.registers(vectors, LANES, "int32") for _ in sums]
+        parts = [_loops.registers(vectors, lanes, "int32") for _ in sums]
         tile, first_vector = weight.at(t, 0)
         if ahead:
-            _prefetch.ask(scale, tile, g + ahead * unit // run, first_vector * LANES, size=vectors * BYTES)
+            _prefetch.ask(scale, tile, g + ahead * unit // run, first_vector * lanes, size=size_of_step)
         for i, part in enumerate(parts):
             for v in range(vectors):
-                _loops.store(part, _loops.splat(taken[b * high + first + i, g], LANES), v * LANES, lanes=LANES)
-        with T.serial(0, run // unit) as w:
-            word_of(g * (run // unit) + w, b, first, parts)
+                _loops.store(part, _loops.splat(taken[b * high + first + i, g], lanes), v * lanes, lanes=lanes)
+        count = run // unit
+        if count // at_once:
+            with T.serial(0, count // at_once) as w:
+                words_of(g * count + w * at_once, at_once, b, first, parts)
+        if count % at_once:
+            words_of(g * count + count // at_once * at_once, count % at_once, b, first, parts)
         for part, total in zip(parts, sums, strict=True):
             for v in range(vectors):
-                at = v * LANES
-                value = tirx.Cast(f"float32x{LANES}", _loops.load(part, at, lanes=LANES))
-                value = value * _loops.load(scale, tile, g, first_vector * LANES + at, lanes=LANES)
-                _loops.store(total, _loops.load(total, at, lanes=LANES) + value, at, lanes=LANES)
+                at = v * lanes
+                value = tirx.Cast(f"float32x{lanes}", _loops.load(part, at, lanes=lanes))
+                value = value * _loops.load(scale, tile, g, first_vector * lanes + at, lanes=lanes)
+                _loops.store(total, _loops.load(total, at, lanes=lanes) + value, at, lanes=lanes)
 
     def rows_of(b: Expr, first: int, count: int) -> None:
-        sums = [_loops.zeros(vectors, LANES) for _ in range(count)]
+        sums = [_loops.zeros(vectors, lanes) for _ in range(count)]
         with T.serial(0, weight.groups) as g:
             group(g, b, first, sums)
         for i, total in enumerate(sums):
-            for start, number, size in _loops.split(width, LANES):
+            for start, number, size in _loops.split(width, lanes):
                 for c in range(start, start + number * size, size):
                     value = _loops.load(total, c, lanes=size)
-                    finish(value, b * high + first + i, t * vectors * LANES + c, size)
+                    finish(value, b * high + first + i, t * vectors * lanes + c, size)
 
     def block(b: Expr, count: int) -> None:
         """`count` rows, so many at a time as have room in registers."""
-        most = _high(count, vectors)
+        most = _high(count, weight)
         for first in range(0, count, most):
             rows_of(b, first, min(most, count - first))
 
