@@ -3,8 +3,8 @@
     y[i, j] = Σ_k v[i, k] · Σ_l w[j, l] · x[r(i, k), c(j, l)]
 
 Two axes that stand side by side are one kernel. A row whose columns were made is kept while other rows need it; where
-there are fewer rows than before, rows are summed first. What copies whole columns of channels between convolutions
-stays an expression, which what follows (a residual, a concatenation) reads as it computes.
+there are fewer rows than before, rows are summed first. What repeats whole columns of channels between convolutions
+stays an expression: vectors of channels as they are, which what follows (a concatenation) makes as it reads them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def resize(e: Emitter, node: onnx_ir.Node) -> None:
         e.alias(output, x)
         return
     layout = e.layout(x)
-    is_copied = all(axis.weights is None for axis in axes)
-    if not _takes(e, x, axes) or (layout == "nhwc" and is_copied and all(axis.number > 1 for axis in axes)):
+    is_repeated = layout == "nhwc" and all(axis.factor and axis.number > 1 for axis in axes)
+    if is_repeated or not _takes(e, x, axes):
         general(e, node, axes)
         return
     value = e.nhwc(x) if layout == "nhwc" else e.plain(x)

@@ -68,13 +68,14 @@ BETWEEN = """g (float[1,3,{h},{w}] x) => (float[1,8,{nh},{nw}] y) <int64[4] s = 
 
 @pytest.mark.slow
 @pytest.mark.ci
-@pytest.mark.parametrize(("mode", "channels"), [("linear", 21), ("cubic", 4), ("nearest", 20)])
+@pytest.mark.parametrize(("mode", "channels"), [("linear", 21), ("cubic", 4), ("nearest", 20), ("repeated", 24)])
 def test_resize_between_convolutions(mode, channels):
-    text = BETWEEN.format(h=6, w=7, nh=13, nw=20, c=channels, mode=mode, at="half_pixel")
+    kind, width = ("nearest", 14) if mode == "repeated" else (mode, 20)
+    text = BETWEEN.format(h=6, w=7, nh=12, nw=width, c=channels, mode=kind, at="half_pixel")
     weights = {"v": normal(channels, 3, 1, 1), "w": normal(8, channels, 1, 1, seed=1)}
     check(text, weights)
     (line,) = [line for line in lowered_model(model(text, weights), machine()).kernels if line.startswith("Resize by")]
-    assert line.split(":")[0].endswith("resize" if mode == "nearest" else f"resize_{mode}")
+    assert line.split(":")[0].endswith("resize" if mode == "repeated" else f"resize_{mode}")
 
 
 @pytest.mark.slow
