@@ -72,8 +72,31 @@ def function(
     names: dict[str, Any] = {"main": main, "borrow": borrow, "ndarray": np.ndarray}
     names |= {"getrefcount": sys.getrefcount, "unseen": UNSEEN}
     names |= {f"behind{k}": value for k, value in enumerate(behind)}
-    lines = [f"if len(inputs) != {len(inputs)}:", "    return None"]
-    tensors = []
+    lines, tensors = _taking(inputs, names)
+    slots = [memory.idle() for memory in memories]
+    for k, (memory, slot) in enumerate(zip(memories, slots, strict=True)):
+        if slot.lent is None:
+            names[f"slot{k}"] = slot
+        else:
+            names |= {f"first{k}": slot, f"memory{k}": memory}
+            lines.append(f"slot{k} = first{k} if getrefcount(first{k}.lent) == unseen else memory{k}.idle()")
+    tensors += [f"slot{number}.tensors[{k}]" for number, k in written]
+    lines.append(f"main({', '.join([*tensors, *(f'behind{k}' for k in range(len(behind)))])})")
+    found = []
+    for n, (name, (number, k)) in enumerate(outputs):
+        names |= {f"output{n}": name, f"extents{n}": slots[number].arrays[k].shape}
+        array = f"arrays[{k}].copy()" if slots[number].lent is None else f"lent.reshape(extents{n})"
+        found.append(f"output{n}: slot{number}.{array}")
+    lines.append(f"return {{{', '.join(found)}}}")
+    text = "\n".join(["def run(inputs):", *(f"    {line}" for line in lines)])
+    exec(compile(text, __file__, "exec"), names)
+    run: Run = names["run"]
+    return run
+
+
+def _taking(inputs: Sequence[Input], names: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The lines that refuse inputs or copy them, and the expressions of their tensors; `names` gets their values."""
+    lines, copies, tensors = [f"if len(inputs) != {len(inputs)}:", "    return None"], [], []
     for k, port in enumerate(inputs):
         names |= {f"name{k}": port.name, f"shape{k}": port.shape, f"dtype{k}": port.dtype}
         lines += [
@@ -81,31 +104,10 @@ def function(
             f"if type(input{k}) is not ndarray or input{k}.shape != shape{k} or input{k}.dtype is not dtype{k}:",
             "    return None",
         ]
-        if port.place is not None:
+        if port.place is None:
+            tensors.append(f"borrow(input{k})")
+        else:
             names[f"place{k}"], names[f"tensor{k}"] = port.place
-        tensors.append(f"tensor{k}" if port.place is not None else f"borrow(input{k})")
-    # Nothing is copied before all inputs are known to fit.
-    lines += [f"place{k}[...] = input{k}" for k, port in enumerate(inputs) if port.place is not None]
-    for number, memory in enumerate(memories):
-        slot = names[f"first{number}"] = memory.idle()
-        names[f"memory{number}"] = memory
-        if slot.lent is not None:
-            lines.append(
-                f"slot{number} = first{number} if getrefcount(first{number}.lent) == unseen else memory{number}.idle()"
-            )
-    for number, k in written:
-        slot = names[f"first{number}"]
-        names[f"written{number}_{k}"] = slot.tensors[k]
-        tensors.append(f"written{number}_{k}" if slot.lent is None else f"slot{number}.tensors[{k}]")
-    lines.append(f"main({', '.join([*tensors, *(f'behind{k}' for k in range(len(behind)))])})")
-    found = []
-    for n, (name, (number, k)) in enumerate(outputs):
-        array = names[f"first{number}"].arrays[k]
-        names |= {f"output{n}": name, f"array{n}": array, f"extents{n}": array.shape}
-        is_lent = names[f"first{number}"].lent is not None
-        found.append(f"output{n}: " + (f"slot{number}.lent.reshape(extents{n})" if is_lent else f"array{n}.copy()"))
-    lines.append(f"return {{{', '.join(found)}}}")
-    text = "\n".join(["def run(inputs):", *(f"    {line}" for line in lines)])
-    exec(compile(text, __file__, "exec"), names)
-    run: Run = names["run"]
-    return run
+            copies.append(f"place{k}[...] = input{k}")
+            tensors.append(f"tensor{k}")
+    return [*lines, *copies], tensors  # nothing is copied before all inputs are known to fit

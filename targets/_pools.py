@@ -22,6 +22,8 @@ _MOST = 8
 # A pool of as many threads as are asked for, which may run on all of the cores given. TVM's other ways to ask give at
 # most half of the cores.
 _SHARE_ALL_CORES = -3
+# What a pool of this thread was told whose threads stayed behind, in the parent of a forked process.
+_LOST = object()
 
 
 class Pools:
@@ -29,7 +31,7 @@ class Pools:
 
     def __init__(self) -> None:
         """Begin without any."""
-        # `told`: what this thread's pool was told last. `is_lost`: that the pool has no threads.
+        # `told`: what this thread's pool was told last, or `_LOST`.
         self._mine = threading.local()
         self._forget()
         os.register_at_fork(after_in_child=self._after_fork)
@@ -41,17 +43,21 @@ class Pools:
 
     def _after_fork(self) -> None:
         self._forget()
-        self._mine.is_lost = hasattr(self._mine, "told")
+        if hasattr(self._mine, "told"):
+            self._mine.told = _LOST
 
     def bound(self, ffi: Any, threads: int, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, its loops on so many threads on the cores that its caller may use."""
+        mine, cores = self._mine, os.sched_getaffinity
 
         def told(wanted: _Wanted, *arguments: Any) -> Any:
             self._tell(ffi, wanted)
             return function(*arguments)
 
         def call(*arguments: Any) -> Any:
-            wanted = threads, os.sched_getaffinity(0)
+            wanted = threads, cores(0)
+            if getattr(mine, "told", None) == wanted:  # small models run for some microseconds
+                return function(*arguments)
             if self._has_own():
                 return told(wanted, *arguments)
             future = self._callers().submit(told, wanted, *arguments)
@@ -69,9 +75,9 @@ class Pools:
 
     def _has_own(self) -> bool:
         """Whether this thread has a pool of its own, or may make one."""
-        if getattr(self._mine, "is_lost", False):
-            return False
-        if hasattr(self._mine, "told") or threading.current_thread() is threading.main_thread():
+        if hasattr(self._mine, "told"):
+            return self._mine.told is not _LOST
+        if threading.current_thread() is threading.main_thread():
             return True
         with self._lock:
             self._left -= 1

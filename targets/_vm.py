@@ -18,6 +18,8 @@ from mc_opt.targets._manifest import Manifest, Port, names_of
 if TYPE_CHECKING:
     from mc_opt.targets._stream import Stream
 
+# What a library with loops for several threads asks of TVM: of short kernels, and for one thread, there are none.
+_LOOPS = b"TVMBackendParallelLaunch"
 # As many as a target may be built for.
 _MOST_THREADS = 256
 
@@ -100,7 +102,7 @@ def _machine_of(
         if manifest.kind == "cuda":
             return _gpu.OnGpu(path, manifest, pooled=not is_open)
         # TVM's pool keeps a buffer of every size that ever was: with open dimensions it would grow with each new one.
-        used = threads if manifest.threads > 1 else None
+        used = threads if manifest.threads > 1 and _LOOPS in path.read_bytes() else None
         return _runtime.Processor(path, constants, threads=used, pooled=not is_open)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]
