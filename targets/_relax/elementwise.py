@@ -208,9 +208,10 @@ def _clip(e: Emitter, node: onnx_ir.Node) -> None:
 
     def fn(a: Expr, *limits: Expr) -> Expr:
         rest = list(limits)
+        # Of a pair with NaN both give the second, so that NaN stays.
         if low is not None:
-            a = tirx.max(a, rest.pop(0))
-        return tirx.min(a, rest.pop(0)) if high is not None else a
+            a = tirx.max(rest.pop(0), a)
+        return tirx.min(rest.pop(0), a) if high is not None else a
 
     assert x is not None
     elementwise(e, node.outputs[0], [v for v in (x, low, high) if v is not None], fn, name="clip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,9 +52,9 @@ _RECIPES: dict[str, Recipe] = {
     "ReduceL1": (lambda x: tirx.abs(x), te.sum, None),
     "ReduceL2": (_square, te.sum, _root),
     "ReduceLogSum": (_same, te.sum, _logarithm),
-    "ReduceMax": (_same, te.max, None),
+    "ReduceMax": (_same, row_reduce.greatest, None),
     "ReduceMean": (_same, te.sum, _mean),
-    "ReduceMin": (_same, te.min, None),
+    "ReduceMin": (_same, row_reduce.least, None),
     "ReduceSum": (_same, te.sum, None),
     "ReduceSumSquare": (_square, te.sum, None),
 }
@@ -68,8 +69,8 @@ _FOLDS: dict[str, tuple[Callable[[Expr, Expr], Expr], float]] = {
     **dict.fromkeys(
         ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean", "ReduceSum", "ReduceSumSquare"), (_add, 0.0)
     ),
-    "ReduceMax": (tirx.max, -row_reduce.LARGEST),
-    "ReduceMin": (tirx.min, row_reduce.LARGEST),
+    "ReduceMax": (tirx.max, -math.inf),
+    "ReduceMin": (tirx.min, math.inf),
 }
 
 
@@ -153,9 +154,13 @@ def _log_sum_exp(e: Emitter, node: onnx_ir.Node) -> None:
 
             return te.compute(tuple(result), element, name=name)
 
-        top = over(te.max, lambda at, _i: a(*at), "top")
-        total = over(te.sum, lambda at, i: tirx.exp(a(*at) - top(*i)), "total")
-        return te.compute(tuple(result), lambda *i: top(*i) + tirx.log(total(*i)), name="finish")
+        top = over(row_reduce.greatest, lambda at, _i: a(*at), "top")
+
+        def shift(*i: Expr) -> Expr:
+            return tirx.Select(tirx.isinf(top(*i)), constant(0, type_of(top(*i))), top(*i))
+
+        total = over(te.sum, lambda at, i: tirx.exp(a(*at) - shift(*i)), "total")
+        return te.compute(tuple(result), lambda *i: shift(*i) + tirx.log(total(*i)), name="finish")
 
     e.set(node.outputs[0], e.te(fn, e.plain(x), name="reducelogsumexp"))
 

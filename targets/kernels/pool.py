@@ -17,8 +17,6 @@ from mc_opt.targets.kernels import _math, _tile, _window, row_reduce
 from mc_opt.targets.kernels._window import Axis, Sliding, Window, axes_of, shape_of, tap
 from mc_opt.targets.kernels.conv import window
 
-_LOWEST = {"float16": -65504.0, "float32": -3.4028234663852886e38, "float64": -1.7976931348623157e308}
-
 
 def pool(e: Emitter, node: onnx_ir.Node) -> None:
     """MaxPool, AveragePool, LpPool: windows that reach outside see nothing there, or zeros for `count_include_pad`."""
@@ -85,7 +83,7 @@ def _reduced(
 ) -> te.Tensor:
     n, *_, c = dims.sizes(a)
     machine = e.machine
-    family = "max_pool" if reducer is te.max else "sum_pool" if term is None else "power_pool"
+    family = "max_pool" if reducer is row_reduce.greatest else "sum_pool" if term is None else "power_pool"
     called = shape_of(family, dims.sizes(a), (n, *positions, c), axes, str(a.dtype))
     wide = e.choices.pick(called, _window.channelwise_widths(axes[-1], positions[-1], machine))
     steps = [te.reduce_axis((0, axis.kernel), name=f"k{i}") for i, axis in enumerate(axes)]
@@ -101,9 +99,9 @@ def _reduced(
 
 def _maximum(e: Emitter, x: relax.Expr, w: Window, positions: Sequence[int]) -> relax.Expr:
     dtype = str(x.ty.dtype)
-    lowest = _LOWEST[dtype] if dtype in _LOWEST else int(tirx.min_value(dtype).value)
-    source, axes = _surrounded(e, x, w, positions, lowest)
-    maximum = functools.partial(_reduced, axes=axes, positions=positions, reducer=te.max, e=e, fill=lowest)
+    fill, greatest = row_reduce.lowest(dtype), row_reduce.greatest
+    source, axes = _surrounded(e, x, w, positions, fill)
+    maximum = functools.partial(_reduced, axes=axes, positions=positions, reducer=greatest, e=e, fill=fill)
     return e.te(maximum, source, name="max_pool")
 
 
@@ -199,7 +197,7 @@ def global_pool(e: Emitter, node: onnx_ir.Node) -> None:
         def element(*i: Any) -> Any:
             held = a(i[0], *steps, i[-1])
             if node.op_type == "GlobalMaxPool":
-                return te.max(held, axis=steps)
+                return row_reduce.greatest(held, axis=steps)
             return te.sum(_raised(held, p) if node.op_type == "GlobalLpPool" else held, axis=steps)
 
         shape = (n, *[1] * len(spatial), c)

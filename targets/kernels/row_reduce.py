@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
@@ -16,8 +18,6 @@ from mc_opt.targets._relax.emitter import Emitter
 from mc_opt.targets.kernels import _loops
 from mc_opt.targets.kernels._loops import Buffer, Expr
 
-# The largest float32, with which a least begins; its negative begins a greatest.
-LARGEST = 3.4028234663852886e38
 # Rows as short as this are left to the general schedule.
 _SHORTEST = 8
 _NOWHERE = (1 << 31) - 1
@@ -35,6 +35,27 @@ class Extreme:
 def takes(e: Emitter, dtype: str, length: Dim) -> bool:
     """Whether rows of so many elements of a type have these loops; a GPU's threads share a row."""
     return e.machine.kind != "cuda" and dtype == "float32" and (not isinstance(length, int) or length >= _SHORTEST)
+
+
+def lowest(dtype: str) -> float:
+    """With what a greatest begins. `te.max` begins with the lowest finite number, above those that masks write."""
+    return -math.inf if "float" in dtype else int(tirx.min_value(dtype).value)
+
+
+def greatest(x: Expr, axis: Any) -> Expr:
+    """The greatest element along axes of a tensor expression."""
+    return te.comm_reducer(lambda a, b: tirx.max(a, b), lambda dtype: tirx.const(lowest(dtype), dtype), name="max")(
+        x, axis=axis
+    )
+
+
+def least(x: Expr, axis: Any) -> Expr:
+    """The least element along axes of a tensor expression."""
+
+    def start(dtype: str) -> Expr:
+        return tirx.const(math.inf, dtype) if "float" in dtype else tirx.max_value(dtype)
+
+    return te.comm_reducer(lambda a, b: tirx.min(a, b), start, name="min")(x, axis=axis)
 
 
 def folded(
@@ -79,7 +100,7 @@ def place(e: Emitter, x: relax.Expr, kept: Sequence[Dim], length: Dim, what: Ext
 def _place(rows: Sequence[Dim], machine: Machine, what: Extreme, x: Buffer, y: Buffer) -> None:
     """Two passes over a row that stays in the cache: its extreme, then the first or last place that has it."""
     count, length = rows
-    extreme, start = (tirx.min, LARGEST) if what.is_least else (tirx.max, -LARGEST)
+    extreme, start = (tirx.min, math.inf) if what.is_least else (tirx.max, -math.inf)
     nowhere = tirx.const(-1 if what.is_last else _NOWHERE, "int32")
     with _loops.each(count, machine, work=8 * count * length) as o:
         best = _loops.reduce_row(

@@ -79,12 +79,15 @@ def _rows(shape: Sequence[Dim], dtype: str, machine: Machine, log: bool, x: Buff
 
         total = row(exponential, combine=_add, start=0.0)
         factor = _loops.registers(1, 1, dtype)
-        T.buffer_store(factor, highest + tirx.log(total) if log else tirx.const(1, dtype) / total, [0])
+        T.buffer_store(factor, tirx.log(total) if log else tirx.const(1, dtype) / total, [0])
 
         def finish(i: Expr, width: int) -> None:
             held = _loops.splat(factor[0], width)
-            value = _loops.load(x if log else y, o, i, lanes=width)
-            _loops.store(y, value - held if log else value * held, o, i, lanes=width)
+            if log:  # the highest first: added to a logarithm, a large one would leave nothing of it
+                value = _loops.load(x, o, i, lanes=width) - _loops.splat(highest, width) - held
+            else:
+                value = _loops.load(y, o, i, lanes=width) * held
+            _loops.store(y, value, o, i, lanes=width)
 
         _loops.map_row(finish, length, lanes=lanes)
 
@@ -110,10 +113,10 @@ def _columns(shape: Sequence[Dim], dtype: str, machine: Machine, log: bool, x: B
             _loops.store(y, value, o, k, i, lanes=width)
             keep(total, held(total) + _loops.load(y, o, k, i, lanes=width))
         if log:
-            keep(total, held(highest) + (_math.log(held(total)) if dtype == "float32" else tirx.log(held(total))))
+            keep(total, _math.log(held(total)) if dtype == "float32" else tirx.log(held(total)))
         with T.serial(0, length) as k:
             if log:
-                value = _loops.load(x, o, k, i, lanes=width) - held(total)
+                value = _loops.load(x, o, k, i, lanes=width) - held(highest) - held(total)
             else:
                 value = _loops.load(y, o, k, i, lanes=width) / held(total)
             _loops.store(y, value, o, k, i, lanes=width)

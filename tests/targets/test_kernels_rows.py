@@ -12,7 +12,7 @@ from mc_opt.targets import TargetError
 from mc_opt.targets._build import llvm_target
 from mc_opt.targets.kernels import _math, _split, recurrent
 from tests._harness import sampled
-from tests.targets._kernels import build, check, lowered_model, machine, model, normal
+from tests.targets._kernels import build, check, lowered_model, machine, model, normal, running
 
 pytestmark = pytest.mark.tvm
 
@@ -290,3 +290,50 @@ def test_a_row_is_added_behind_a_layer_normalisation_whose_statistics_are_used(a
     body = f"y, mean = LayerNormalization(x, s) z = Add({added}, c)"
     outputs = f"{y}, {mean}" if added == "y" else y
     check(f"g ({x}) => ({outputs}) {{ {body} }}", {"s": normal(70), "c": normal(70, seed=1)})
+
+
+def ran(text, *inputs):
+    """What kernels make of inputs."""
+    with running(model(text), machine()) as (run, _):
+        return run(list(inputs))
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_extremes_of_infinite_numbers():
+    x = normal(3, 4, 40)
+    x[0], x[1, 1], x[1, :, 7] = -np.inf, -np.inf, np.inf
+    nodes = """last = Constant<value_ints=[2]>() middle = Constant<value_ints=[1]>() n = Neg(x)
+        y0 = ReduceMax<keepdims=0>(x, last) y1 = ReduceMax<keepdims=0>(x, middle) y2 = ReduceMin<keepdims=0>(n, last)
+        y3 = ReduceMin<keepdims=0>(n, middle) y4 = ReduceLogSumExp<keepdims=0>(x, last)
+        y5 = MaxPool<kernel_shape=[3], pads=[1,1]>(x) y6 = GlobalMaxPool(x)
+        y7 = ArgMax<axis=2, keepdims=0, select_last_index=1>(x)"""
+    kinds = ["float[a,b]"] * 5 + ["float[a,b,c]"] * 2 + ["int64[a,b]"]
+    outputs = ", ".join(f"{kind} y{k}" for k, kind in enumerate(kinds))
+    around = np.pad(x, ((0, 0), (0, 0), (1, 1)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(around, 3, axis=2)
+    # ONNX Runtime begins some of them with the lowest finite number.
+    wanted = [
+        x.max(2),
+        x.max(1),
+        -x.max(2),
+        -x.max(1),
+        special.logsumexp(x, 2),
+        windows.max(3),
+        x.max(2, keepdims=True),
+    ]
+    wanted.append(39 - x[:, :, ::-1].argmax(2))
+    for got, array in zip(ran(f"g (float[3,4,40] x) => ({outputs}) {{ {nodes} }}", x), wanted, strict=True):
+        np.testing.assert_allclose(got, array, rtol=1e-6)
+
+
+def test_logarithms_beside_large_numbers_and_clip_of_what_is_no_number():
+    # Of 1e4 float32 knows steps of 0.001, and the logarithm of the sum is 3.
+    x, z = 1e4 + normal(2, 20, 33), np.array([np.nan, -3, 0.5, 3], np.float32)
+    nodes = """low = Constant<value_float=-1.0>() high = Constant<value_float=1.0>() last = LogSoftmax<axis=2>(x)
+        middle = LogSoftmax<axis=1>(x) y = Clip(z, low, high)"""
+    outputs = "float[2,20,33] last, float[2,20,33] middle, float[4] y"
+    last, middle, y = ran(f"g (float[2,20,33] x, float[4] z) => ({outputs}) {{ {nodes} }}", x, z)
+    np.testing.assert_allclose(last, special.log_softmax(x, 2), rtol=1e-5)
+    np.testing.assert_allclose(middle, special.log_softmax(x, 1), rtol=1e-5)
+    np.testing.assert_array_equal(y, np.clip(z, -1, 1))
