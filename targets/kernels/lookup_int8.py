@@ -11,7 +11,7 @@ integers are the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tvm import relax, tirx
@@ -29,6 +29,11 @@ from mc_opt.targets.kernels._loops import Argument, Buffer, Expr
 _FEW_ROWS, _MANY_ROWS = 4, {_dot.WIDE: 3, _dot.NARROW: 2}
 # Lanes in which inputs are rounded.
 _LANES = 16
+# Blocks of rows for which a group is decoded once, to bytes that stay in a cache, rather than for each of them. The
+# widest vectors decode beside what multiplies them: it would take longer.
+_MANY_BLOCKS, _MOST_DENSE = 8, 64 << 10
+# Reads levels: (group, word in the group, vector, plane).
+_Read = Callable[[Expr, Expr, int, int], Expr]
 # Products of a column that are written out at a time, where sums of 16 bits have room for them.
 _AT_ONCE = 8
 
@@ -94,6 +99,13 @@ def _vectors(rows: int, dot: Dot) -> int:
 def _high(rows: int, weight: Bytes) -> int:
     """Rows of a tile whose sums stay in registers, as even as it goes."""
     return -(-rows // -(-rows // (weight.dot.most_sums // weight.vectors)))
+
+
+def _decodes_once(rows: int, high: int, weight: Bytes) -> bool:
+    """Whether many blocks of rows share what a group is decoded to."""
+    size = weight.run * weight.vectors * weight.dot.lanes
+    is_coded = weight.dot.lanes == _dot.NARROW and weight.planes > 1
+    return is_coded and rows >= _MANY_BLOCKS * high and size <= _MOST_DENSE
 
 
 def _quantise(rows: int, depth: int, weight: Bytes, a: Buffer, q: Buffer, step: Buffer, taken: Buffer) -> None:
@@ -195,7 +207,7 @@ def _tile(
     """`width` columns of tile t for all rows; operands: the inputs, the words, the scales and the raised levels."""
     q, words, scale, levels = operands
     vectors, run, unit, dot = weight.vectors, weight.run, weight.unit, weight.dot
-    lanes, size_of_step = dot.lanes, vectors * dot.size
+    lanes, size_of_step, count = dot.lanes, vectors * dot.size, run // unit
     # Products that are added to a sum at a time, and words that have so many.
     together = 1 if dot.has_vnni else weight.pairs
     at_once = max(1, min(together, _AT_ONCE) // weight.planes)
@@ -203,22 +215,23 @@ def _tile(
     # Rows beyond a first block find the weights in a cache.
     ahead = _prefetch.ahead(weight.words.nbytes, size_of_step) if rows <= high else 0
 
-    def level(w: Expr, v: int, p: int) -> Expr:
+    def level(g: Expr, w: Expr, v: int, p: int) -> Expr:
+        """The levels of plane p of word w of a group."""
         tile, vector = weight.at(t, v)
-        return permuted(levels, weight, _loops.load(words, tile, w, vector, 0, lanes=lanes), p)
+        return permuted(levels, weight, _loops.load(words, tile, g * count + w, vector, 0, lanes=lanes), p)
 
-    def words_of(w: Expr, count: int, b: Expr, first: int, parts: list[Buffer]) -> None:
-        """Add the products of `count` words of codes in each lane."""
+    def words_of(g: Expr, w: Expr, number: int, b: Expr, first: int, parts: list[Buffer], read: _Read) -> None:
+        """Add the products of so many words of a group, from w on, in each lane."""
         if ahead:
             tile, first_vector = weight.at(t, 0)
-            for i in range(count):
-                _prefetch.ask(words, tile, w + (ahead + i), first_vector, 0, size=size_of_step)
-        planes = [(w + i, p) for i in range(count) for p in range(weight.planes)]
+            for i in range(number):
+                _prefetch.ask(words, tile, g * count + w + (ahead + i), first_vector, 0, size=size_of_step)
+        planes = [(w + i, p) for i in range(number) for p in range(weight.planes)]
         for start in range(0, len(planes), together):
             held = planes[start : start + together]
-            values = [[level(word, v, p) for v in range(vectors)] for word, p in held]
+            values = [[read(g, word, v, p) for v in range(vectors)] for word, p in held]
             for i, part in enumerate(parts):
-                factors = [factor(b, word * unit + p * 4, first + i) for word, p in held]
+                factors = [factor(b, (g * count + word) * unit + p * 4, first + i) for word, p in held]
                 for v in range(vectors):
                     products = [(value[v], four) for value, four in zip(values, factors, strict=True)]
                     total = dot.added(_loops.load(part, v * lanes, lanes=lanes), products, is_signed=weight.raised == 0)
@@ -229,7 +242,8 @@ def _tile(
         four = tirx.reinterpret("int32", _loops.load(q, b, k // BYTES, row, k % BYTES, lanes=4))
         return tirx.reinterpret(f"int8x{dot.size}", _loops.splat(four, lanes))
 
-    def group(g: Expr, b: Expr, first: int, sums: list[Buffer]) -> None:
+    def group(g: Expr, b: Expr, first: int, sums: Sequence[tuple[Buffer, Sequence[Expr]]], read: _Read = level) -> None:
+        """Add the products of a group to rows of sums: each a buffer, and the indices of its row."""
         parts = [_loops.registers(vectors, lanes, "int32") for _ in sums]
         tile, first_vector = weight.at(t, 0)
         if ahead:
@@ -237,35 +251,69 @@ def _tile(
         for i, part in enumerate(parts):
             for v in range(vectors):
                 _loops.store(part, _loops.splat(taken[b * high + first + i, g], lanes), v * lanes, lanes=lanes)
-        count = run // unit
         if count // at_once:
             with T.serial(0, count // at_once) as w:
-                words_of(g * count + w * at_once, at_once, b, first, parts)
+                words_of(g, w * at_once, at_once, b, first, parts, read)
         if count % at_once:
-            words_of(g * count + count // at_once * at_once, count % at_once, b, first, parts)
-        for part, total in zip(parts, sums, strict=True):
+            last = tirx.const(count // at_once * at_once, "int32")
+            words_of(g, last, count % at_once, b, first, parts, read)
+        for part, (total, row) in zip(parts, sums, strict=True):
             for v in range(vectors):
                 at = v * lanes
                 value = tirx.Cast(f"float32x{lanes}", _loops.load(part, at, lanes=lanes))
                 value = value * _loops.load(scale, tile, g, first_vector * lanes + at, lanes=lanes)
-                _loops.store(total, _loops.load(total, at, lanes=lanes) + value, at, lanes=lanes)
+                _loops.store(total, _loops.load(total, *row, at, lanes=lanes) + value, *row, at, lanes=lanes)
 
-    def rows_of(b: Expr, first: int, count: int) -> None:
-        sums = [_loops.zeros(vectors, lanes) for _ in range(count)]
+    def finished(total: Buffer, row: Sequence[Expr], m: Expr) -> None:
+        for start, number, size in _loops.split(width, lanes):
+            for c in range(start, start + number * size, size):
+                finish(_loops.load(total, *row, c, lanes=size), m, t * vectors * lanes + c, size)
+
+    def rows_of(b: Expr, first: int, number: int) -> None:
+        sums = [_loops.zeros(vectors, lanes) for _ in range(number)]
         with T.serial(0, weight.groups) as g:
-            group(g, b, first, sums)
+            group(g, b, first, [(total, ()) for total in sums])
         for i, total in enumerate(sums):
-            for start, number, size in _loops.split(width, lanes):
-                for c in range(start, start + number * size, size):
-                    value = _loops.load(total, c, lanes=size)
-                    finish(value, b * high + first + i, t * vectors * lanes + c, size)
+            finished(total, (), b * high + first + i)
 
-    def block(b: Expr, count: int) -> None:
-        """`count` rows, so many at a time as have room in registers."""
-        most = _high(count, weight)
-        for first in range(0, count, most):
-            rows_of(b, first, min(most, count - first))
+    def block(b: Expr, number: int) -> None:
+        """So many rows, as many at a time as have room in registers."""
+        most = _high(number, weight)
+        for first in range(0, number, most):
+            rows_of(b, first, min(most, number - first))
 
+    def all_rows() -> None:
+        """Decode each group once, for all rows."""
+        dense = T.sblock_alloc_buffer((count * weight.planes * vectors, dot.size), "int8")
+        sums = T.sblock_alloc_buffer((rows, vectors * lanes), "float32")
+
+        def place(w: Expr, v: int, p: int) -> Expr:
+            return (w * weight.planes + p) * vectors + v
+
+        def read(_: Expr, w: Expr, v: int, p: int) -> Expr:
+            return _loops.load(dense, place(w, v, p), 0, lanes=dot.size)
+
+        def some(g: Expr, b: Expr, number: int) -> None:
+            group(g, b, 0, [(sums, (b * high + i,)) for i in range(number)], read)
+
+        with T.serial(0, rows) as m:
+            for v in range(vectors):
+                _loops.store(sums, _loops.splat(0.0, lanes), m, v * lanes, lanes=lanes)
+        with T.serial(0, weight.groups) as g:
+            with T.serial(0, count) as w:
+                for v in range(vectors):
+                    for p in range(weight.planes):
+                        _loops.store(dense, level(g, w, v, p), place(w, v, p), 0, lanes=dot.size)
+            with T.serial(0, rows // high) as b:
+                some(g, b, high)
+            if rows % high:
+                some(g, tirx.const(rows // high, "int32"), rows % high)
+        with T.serial(0, rows) as m:
+            finished(sums, (m,), m)
+
+    if _decodes_once(rows, high, weight):
+        all_rows()
+        return
     with T.serial(0, rows // high) as b:
         block(b, high)
     if rows % high:

@@ -89,7 +89,7 @@ SUMS = {"wide": (4, powers), "narrow": (4, lambda _: np.arange(16) - 8), "few": 
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("name", "rows", "depth", "columns", "group"),
-    [("wide", 1, 301, 50, 0), ("narrow", 7, 128, 40, 64), ("few", 1, 160, 16, 32), ("bytes", 3, 70, 20, 0)],
+    [("wide", 1, 301, 50, 0), ("narrow", 41, 128, 40, 64), ("few", 1, 160, 16, 32), ("bytes", 3, 70, 20, 0)],
 )
 def test_int8_sums_are_those_of_every_processor(name, rows, depth, columns, group):
     bits, book = SUMS[name]
@@ -131,7 +131,7 @@ def test_int8_products_of_any_size(rows, depth, columns, bits, group, cpu):
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
-    rows=st.integers(1, 20), depth=st.integers(2, 200), columns=st.integers(1, 80), bits=st.integers(1, 8),
+    rows=st.integers(1, 50), depth=st.integers(2, 200), columns=st.integers(1, 80), bits=st.integers(1, 8),
     group=st.sampled_from([0, 32, 64]), book=st.sampled_from([None, steps, powers]),
 )  # fmt: skip
 def test_int8_sums_of_any_size_are_those_of_every_processor(rows, depth, columns, bits, group, book):
