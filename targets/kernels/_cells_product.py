@@ -7,10 +7,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mc_opt.targets._machine import Machine
-from mc_opt.targets.kernels import _loops
+from mc_opt.targets.kernels import _halves, _loops
 from mc_opt.targets.kernels._decode import Tiles
 from mc_opt.targets.kernels._lookup_tile import LookupTile, Read
 from mc_opt.targets.kernels._loops import Buffer, Expr
@@ -66,6 +67,45 @@ class Dense:
         for held, gate in zip(sums, gates, strict=True):
             parts = (_loops.load(held, c * lanes, lanes=lanes) for c in range(chains))
             _loops.store(held, start(0, gate) + functools.reduce(operator.add, parts), 0, lanes=lanes)
+        use(0, [_loops.load(held, 0, lanes=lanes) for held in sums])
+
+
+class Halves:
+    """R in pairs of `_halves`, int32 [tiles, hidden / 2, gates · lanes], and the scale of each column."""
+
+    def __init__(self, hidden: int, lanes: int, room: int, r: Buffer, scale: Buffer) -> None:
+        """`room`: vectors of sums that registers may hold."""
+        self._hidden, self._lanes, self._room, self._r, self._scale = hidden, lanes, room, r, scale
+
+    def most_rows(self, gates: int) -> int:
+        """One: the rows of a batch read it each by itself."""
+        return 1
+
+    def sums(self, start: Start, read: Read, tile: Expr, gates: Sequence[int], *, rows: int, use: Use) -> None:
+        """See `Weight`."""
+        assert rows == 1
+        lanes = self._lanes
+        pairs = next((n for n in (2, 1) if self._hidden % (2 * n) == 0 and 2 * n * len(gates) <= self._room), 1)
+        sums = [_loops.zeros(2 * pairs, lanes) for _ in gates]
+
+        def add(pair: Expr, chain: int, count: int) -> None:
+            for held, gate in zip(sums, gates, strict=True):
+                word = _loops.load(self._r, tile, pair, gate * lanes, lanes=lanes)
+                for k, weight in enumerate(_halves.parts(word, lanes)[:count]):
+                    at = (chain * 2 + k) * lanes
+                    term = _loops.splat(read(0, pair * 2 + k, 1), lanes) * weight
+                    _loops.store(held, _loops.load(held, at, lanes=lanes) + term, at, lanes=lanes)
+
+        with T.serial(0, self._hidden // 2 // pairs) as k:
+            for chain in range(pairs):
+                add(k * pairs + chain, chain, 2)
+        if self._hidden % 2:
+            add(tirx.const(self._hidden // 2, "int32"), 0, 1)
+        for held, gate in zip(sums, gates, strict=True):
+            parts = (_loops.load(held, c * lanes, lanes=lanes) for c in range(2 * pairs))
+            scale = _loops.load(self._scale, tile, 0, gate * lanes, lanes=lanes)
+            total = functools.reduce(operator.add, parts) * scale
+            _loops.store(held, start(0, gate) + total, 0, lanes=lanes)
         use(0, [_loops.load(held, 0, lanes=lanes) for held in sums])
 
 

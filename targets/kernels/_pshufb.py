@@ -30,19 +30,28 @@ def tables(codebook: np.ndarray) -> tuple[np.ndarray, np.float32 | None] | None:
     each lane. As a constant it would become `vpblendw`, of which older processors do one a cycle, and `vpshufb` and
     `vpunpck` would have to wait for it.
     """
-    book = np.zeros(1 << BITS, np.float32)
-    book[: codebook.size] = codebook.reshape(-1)
+    found = short(codebook)
+    if found is None:
+        return None
+    book, step = np.zeros(1 << BITS, np.float32), found[1]
+    book[: codebook.size] = found[0]
+    planes = book.view(np.int8).reshape(-1, 4).T[2:]
+    mask = np.full(LANES, _HIGH_HALF, np.int32).view(np.int8)
+    return np.append(np.tile(planes[:, None], (1, 2, 1)), mask), step
+
+
+def short(codebook: np.ndarray) -> tuple[np.ndarray, np.float32 | None] | None:
+    """codebook: n values -> ([n] whose lower half is zero; the step to scale by, if any); None of longer ones."""
+    book = codebook.reshape(-1)
     top = np.abs(book).max()
     if not np.isfinite(book).all():
         return None
-    even = (float(codebook.reshape(-1)[-1]) - float(book[0])) / max(codebook.size - 1, 1)
+    even = (float(book[-1]) - float(book[0])) / max(book.size - 1, 1)
     for step in map(np.float32, (1, top, even)):
         held = _short(book / (step or np.float32(1)))
         # As they are, to the last bit of the largest.
         if np.abs(held * step - book).max() <= np.finfo(np.float32).eps * top:
-            planes = held.view(np.int8).reshape(-1, 4).T[2:]
-            mask = np.full(LANES, _HIGH_HALF, np.int32).view(np.int8)
-            return np.append(np.tile(planes[:, None], (1, 2, 1)), mask), None if step == 1 else step
+            return held, None if step == 1 else step
     return None
 
 

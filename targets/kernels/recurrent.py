@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,25 +23,10 @@ from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
 from mc_opt.targets._relax.dims import Dim
 from mc_opt.targets._relax.emitter import Emitter, Handler
-from mc_opt.targets.kernels import (
-    _cells,
-    _cells_shared,
-    _cells_time,
-    _choice,
-    _decode,
-    _lookup_tile,
-    _loops,
-    _packed,
-    _split,
-    _tile,
-    _weights,
-    lookup_gemv,
-)
-from mc_opt.targets.kernels._cells_product import Dense, Packed
-from mc_opt.targets.kernels._decode import Tiles
+from mc_opt.targets.kernels import _cells, _cells_shared, _cells_weights, _loops, _split, _tile, _weights
+from mc_opt.targets.kernels._cells_weights import State
 from mc_opt.targets.kernels._loops import Buffer
 from mc_opt.targets.kernels._tile import Tile
-from mc_opt.targets.kernels.gemm import product
 
 # Nanoseconds of a step that threads share: at its end they wait for each other about a quarter of a microsecond.
 _SHORTEST_STEP = 1500
@@ -151,10 +135,10 @@ def _direction(
     rows = dims.product([cell.steps, cell.batch])
     source = e.reshape(e.plain(x), (rows, e.shape(x)[2]))
     added, separate = _biases(cell, bias)
-    inputs = _inputs(e, cell, source, w, None if added is None else e.weight(added))
-    tiles = _looked_up(e, cell, r)
-    matrix = _state_weight(e, cell, r, rows) if tiles is None else _codes(e, tiles)
-    arguments = [inputs, *matrix, _initial(e, cell, initial_h)]
+    tile, of_state = _tiles(cell, rows, e.machine)
+    inputs = _cells_weights.inputs(e, cell, source, w, None if added is None else e.weight(added), tile=tile)
+    state = _cells_weights.state(e, cell, r, columns=of_state)
+    arguments = [inputs, *state.arguments, _initial(e, cell, initial_h)]
     if cell.kind == "LSTM":
         arguments.append(_initial(e, cell, initial_c))
     if cell.kind == "GRU" and cell.linear:
@@ -164,77 +148,8 @@ def _direction(
     for argument in arguments[1:]:
         seen = [own.batch if not isinstance(s, int) else s for s in dims.sizes(argument)]
         shapes.append((seen, str(argument.ty.dtype)))
-    function = _loops.kernel([*shapes, *_results(own, e.machine)], _body(own, e.machine, tiles))
+    function = _loops.kernel([*shapes, *_results(own, e.machine)], _body(own, e.machine, state))
     return list(e.call(function, arguments, _results(cell, e.machine), name=cell.kind.lower()))
-
-
-def _inputs(e: Emitter, cell: _cells.Cell, source: relax.Expr, w: onnx_ir.Value, bias: relax.Expr | None) -> relax.Expr:
-    """G: source [rows, k] times W, plus the bias; its kernel decodes a packed W by itself where it can."""
-    columns, rows = cell.width * cell.gates, dims.sizes(source)[0]
-    if isinstance(rows, int) and e.machine.kind != "cuda":
-        made = _looked_up_inputs(e, cell, source, w, bias)
-        if made is not None:
-            return made
-    tile, _ = _tiles(cell, rows, e.machine)
-    weight: relax.Expr | _packed.Packed | None = None
-    if isinstance(rows, int) and _decode.terms(e, w) and _packed.takes(e, _decode.terms(e, w)):
-        weight = _packed.arranged(e, w, functools.partial(_pack, cell, columns=tile.columns))
-        if weight is not None:
-            e.note_kernel(f"lookup product: {weight.stored}, {_choice.by(*dims.sizes(source))} x {columns}")
-    weight = _ordered(e, cell, w, tile.columns) if weight is None else weight
-    return product(e, source, weight, bias, tile=tile, columns=columns, name="gates")
-
-
-def _looked_up_inputs(
-    e: Emitter, cell: _cells.Cell, source: relax.Expr, w: onnx_ir.Value, bias: relax.Expr | None
-) -> relax.Expr | None:
-    """G of few rows, by products that decode codes in registers; None for many, and where there are none for W."""
-    terms = _decode.terms(e, w)
-    columns = cell.width * cell.gates
-    if not terms or math.prod(dims.sizes(source)[:-1]) > lookup_gemv.MOST_ROWS[e.machine.kind]:
-        return None
-
-    def matrix(array: np.ndarray) -> np.ndarray:
-        return _rows(cell, array).T
-
-    parts: list[relax.Expr] = []
-    for term in terms:
-        part = lookup_gemv.of_matrix(e, source, term, matrix, None if parts else bias, columns=columns)
-        if part is None:
-            return None
-        parts.append(part)
-    _weights.note_float32(e, w)
-    return functools.reduce(functools.partial(_decode.added, e), parts)
-
-
-def _looked_up(e: Emitter, cell: _cells.Cell, r: onnx_ir.Value) -> Tiles | None:
-    """R in codes that its kernel looks up at each step; None where it is not packed, or decoded before all steps."""
-    terms = _decode.terms(e, r)
-    if not terms or e.machine.kind != "x86":
-        return None
-    where = f"{cell.kind}: the recurrent weight {r.name!r} is decoded at each call"
-    if len(terms) > 1:
-        e.note_fallback(f"{where}: it is a sum of codes")
-        return None
-    pack = functools.partial(_pack, cell, columns=cell.gates * cell.lanes)
-    tiles = _decode.arrange(terms[0], pack, e.machine, by_word=True)
-    if tiles is None or not tiles.form.is_vectorised(e.machine):
-        e.note_fallback(f"{where}: its codes are not in an order, or of a codebook, that a step could look up")
-        return None
-    if not _cells_time.looks_up(cell, tiles, e.machine):
-        e.note_kernel(f"{cell.kind}: {tiles.bits} bits, decoded once for {dims.text(cell.steps)} steps")
-        return None
-    e.note_kernel(f"{cell.kind}: {tiles.bits} bits, looked up at each step")
-    _weights.note_float32(e, r)
-    return tiles
-
-
-def _codes(e: Emitter, tiles: Tiles) -> list[relax.Expr]:
-    return [e.weight(array) for array in _lookup_tile.arrays(tiles, is_in_a_row=True)]
-
-
-def _state_weight(e: Emitter, cell: _cells.Cell, r: onnx_ir.Value, rows: Dim) -> list[relax.Expr]:
-    return [_ordered(e, cell, r, _tiles(cell, rows, e.machine)[1])]
 
 
 def _inside(cell: _cells.Cell, rows: Dim) -> tuple[_cells.Cell, Dim]:
@@ -267,57 +182,17 @@ def _tiles(cell: _cells.Cell, rows: Dim, machine: Machine) -> tuple[Tile, int]:
     return tile, tile.columns
 
 
-def _body(cell: _cells.Cell, machine: Machine, tiles: Tiles | None) -> Callable[..., None]:
+def _body(cell: _cells.Cell, machine: Machine, state: State) -> Callable[..., None]:
     if machine.kind == "cuda":
         in_threads = {"LSTM": _cells_shared.lstm, "GRU": _cells_shared.gru, "RNN": _cells_shared.rnn}
         return functools.partial(in_threads[cell.kind], cell, machine)
     write = {"LSTM": _cells.lstm, "GRU": _cells.gru, "RNN": _cells.rnn}[cell.kind]
+    count = len(state.arguments)
 
     def body(g: Buffer, *rest: Buffer) -> None:
-        if tiles is None:
-            write(cell, Dense(cell.hidden, cell.lanes, cell.sums, rest[0]), g, *rest[1:])
-            return
-        count = len(_decode.arrays_of(tiles))
-        write(cell, Packed(tiles, machine, *rest[:count]), g, *rest[count:])
+        write(cell, state.weight(*rest[:count]), g, *rest[count:])
 
     return body
-
-
-def _ordered(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value, columns: int) -> relax.Expr:
-    """A weight dense in the order of `_pack`: while building, or by a kernel in front of each call."""
-    packed = _weights.packed(e, weight, functools.partial(_pack, cell, columns=columns))
-    return _pack_computed(e, cell, weight, columns) if packed is None else packed
-
-
-def _pack_computed(e: Emitter, cell: _cells.Cell, weight: onnx_ir.Value, columns: int) -> relax.Expr:
-    """What `_pack` makes, of a weight that kernels make first, such as the sum of two Lookups."""
-    block = cell.gates * cell.lanes
-
-    def fill(a: te.Tensor) -> te.Tensor:
-        def element(tile: Any, k: Any, column: Any) -> Any:
-            row = tile * columns + column
-            unit = row // block * cell.lanes + row % cell.lanes
-            value = a(cell.direction, row % block // cell.lanes * cell.hidden + unit, k)
-            if cell.width == cell.hidden:
-                return value
-            return tirx.if_then_else(unit < cell.hidden, value, tirx.const(0, a.dtype))
-
-        return te.compute((cell.width * cell.gates // columns, a.shape[2], columns), element, name="pack")
-
-    return e.moved(fill, e.plain(weight), name="pack")
-
-
-def _pack(cell: _cells.Cell, weight: np.ndarray, *, columns: int) -> np.ndarray:
-    """weight: [directions, gates · hidden, k] -> [n / columns, k, columns], the n rows ordered [tile, gate, lane]."""
-    rows = _rows(cell, weight)
-    return np.ascontiguousarray(rows.reshape(-1, columns, rows.shape[-1]).transpose(0, 2, 1))
-
-
-def _rows(cell: _cells.Cell, weight: np.ndarray) -> np.ndarray:
-    """weight: [directions, gates · hidden, k] -> [n, k], ordered [tile, gate, lane]."""
-    matrix = weight[cell.direction].reshape(cell.gates, cell.hidden, -1)
-    full = _weights.pad_to(matrix, 1, cell.lanes).reshape(cell.gates, cell.tiles, cell.lanes, -1)
-    return full.transpose(1, 0, 2, 3).reshape(-1, full.shape[-1])
 
 
 def _biases(cell: _cells.Cell, bias: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray]:
