@@ -68,6 +68,8 @@ def _view(e: Emitter, node: onnx_ir.Node, shape: Sequence[Dim]) -> None:
     elif e.layout(x) == "nhwc" and _is_flat(e.shape(x), shape):
         # [N, C, 1, 1] to [N, C]: channels last or first, the bytes are the same.
         e.set(output, e.reshape(e.nhwc(x), shape))
+    elif e.layout(x) == "nhwc" and _keeps_channels(e.shape(x), shape):
+        e.set(output, e.reshape(e.nhwc(x), [shape[0], *shape[2:], shape[1]]), "nhwc")
     else:
         e.set(output, e.reshape(e.plain(x), shape))
 
@@ -76,17 +78,26 @@ def _is_flat(shape: Sequence[Dim], _new: Sequence[Dim]) -> bool:
     return dims.same(dims.product(shape[2:]), 1) or dims.same(shape[1], 1)
 
 
+def _keeps_channels(shape: Sequence[Dim], new: Sequence[Dim]) -> bool:
+    """Whether a view arranges positions alone: [N, C, H, W] to [N, C, L], or back."""
+    return len(new) > 2 and dims.same_shape(shape[:2], new[:2])
+
+
 def _reshape(e: Emitter, node: onnx_ir.Node) -> None:
+    _view(e, node, _reshaped(e, node, e.shape(first(node))))
+
+
+def _reshaped(e: Emitter, node: onnx_ir.Node, old: Sequence[Dim]) -> list[Dim]:
+    """The shape that a Reshape gives a value of another."""
     shape = extents(e, node, 1, "the new shape")
     assert shape is not None
-    old = e.shape(first(node))
     if not e.attribute(node, "allowzero", 0):
         shape = [old[k] if dims.same(s, 0) else s for k, s in enumerate(shape)]
     free = [k for k, s in enumerate(shape) if dims.same(s, -1)]
     if free:
         rest = dims.product(s for s in shape if not dims.same(s, -1))
         shape[free[0]] = 0 if dims.same(rest, 0) else dims.divide(dims.product(old), rest)
-    _view(e, node, shape)
+    return shape
 
 
 def _flatten(e: Emitter, node: onnx_ir.Node) -> None:
@@ -120,12 +131,24 @@ def _transpose(e: Emitter, node: onnx_ir.Node) -> None:
         e.set(output, e.nhwc(x))  # the transpose that the layout already did
         return
     shape = [e.shape(x)[axis] for axis in perm]
+    if tuple(perm) == to_nhwc(3) and e.layout(x) == "plain" and _become_images(e, output, shape):
+        e.set(output, e.plain(x), "nhwc")  # a transformer's tokens are an image's positions, channels last
+        return
     moved = [axis for axis in perm if not dims.same(e.shape(x)[axis], 1)]
     if moved == sorted(moved):
         _view(e, node, shape)
         return
     inverse = [perm.index(axis) for axis in range(rank)]
     mapped(e, output, shape, [held(e, x)], lambda r, i: r[0](*(i[k] for k in inverse)), name="transpose")
+
+
+def _become_images(e: Emitter, tokens: onnx_ir.Value, shape: Sequence[Dim]) -> bool:
+    """Whether all that is done with [N, C, L] is to arrange its positions: [N, C, H, W]."""
+    nodes = [use.node for use in tokens.uses()]
+    if not nodes or any(node.op_type != "Reshape" or e.constant(node.inputs[1]) is None for node in nodes):
+        return False
+    images = [_reshaped(e, node, shape) for node in nodes]
+    return all(len(image) > len(shape) and _keeps_channels(shape, image) for image in images)
 
 
 def _concat(e: Emitter, node: onnx_ir.Node) -> None:

@@ -9,9 +9,11 @@ import onnx
 import onnx_ir
 import onnxruntime
 import pytest
+import tvm
 from onnx import parser
 
 from mc_opt import targets
+from tests.targets import _kernels
 
 pytestmark = [pytest.mark.tvm, pytest.mark.zig, pytest.mark.slow, pytest.mark.ci]
 
@@ -301,6 +303,36 @@ def test_values_stay_channels_last_between_convolutions(tmp_path: Path) -> None:
     x = RNG.standard_normal((1, 8, 6, 6)).astype(np.float32)
     # Sums of 72 products, added in another order than ONNX Runtime's, times up to 8.
     check(tmp_path, text, {"x": x}, target="x86{cpu=x86-64-v3}", atol=2e-5)
+
+
+# Tokens to an image and back, as transformers with convolutions between their layers do; `kept` is asked for in both.
+TOKENS = """g (float[2,12,8] tokens) => (float[2,12,8] y{outputs})
+<float[8,8,3,3] w, int64[4] image = {2, 8, 3, 4}, int64[3] row = {0, 0, -1}> {
+  t = Transpose<perm=[0,2,1]>(tokens)
+  i = Reshape(t, image)
+  c = Conv<pads=[1,1,1,1]>(i, w)
+  r = Reshape(c, row)
+  back = Transpose<perm=[0,2,1]>(r)
+  y = Add(back, tokens)
+BODY}"""
+MIXED = """  kept = Transpose<perm=[0,2,1]>(y)
+  j = Reshape(kept, image)
+  n = Conv<pads=[1,1,1,1]>(j, w)
+  s = Softmax<axis=2>(kept)
+  z = Relu(r)
+  m = Flatten<axis=2>(n)
+"""
+
+
+def test_tokens_are_positions_channels_last() -> None:
+    weight = {"w": _kernels.normal(8, 8, 3, 3)}
+    straight = TOKENS.replace("{outputs}", "").replace("BODY", "")
+    lowered = _kernels.lowered_model(_kernels.model(straight, weight), _kernels.machine())
+    module = tvm.relax.transform.DeadCodeElimination()(lowered.module)
+    assert not [v.name_hint for v in module.functions if "transpose" in v.name_hint]
+    _kernels.check(straight, weight)
+    outputs = ", float[2,8,12] kept, float[2,8,12] s, float[2,8,12] z, float[16,12] m"
+    _kernels.check(TOKENS.replace("{outputs}", outputs).replace("BODY", MIXED), weight)
 
 
 def test_functions_in_double_precision(tmp_path: Path) -> None:
