@@ -186,6 +186,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"of an interleaved run ({ROUNDS}; with --quick {QUICK_ROUNDS})")
     parser.add_argument("--quick", action="store_true", help="few models and rounds; neither memory nor kernels")
     parser.add_argument("--gemv", action="store_true", help="products with packed weights instead of models")
+    parser.add_argument("--cpu", default="native", help="what the products of --gemv are built for (native)")
     parser.add_argument("--processor-time", action="store_true", help="clock of a machine that is shared; 1 thread")
     parser.add_argument("--again", action="store_true", help="measure kept cells again")
     parser.add_argument("--json", action="store_true", help="print the cells as JSON")
@@ -252,8 +253,8 @@ def measure_gemv(options: argparse.Namespace) -> list[dict[str, Any]]:
     progress = Progress(len(plan))
     cells = []
     for (outputs, inputs), rows, threads in plan:
-        request = gemv.Request(outputs, inputs, rows, threads, options.rounds, str(CACHE))
-        name = f"{outputs}x{inputs} by {rows} rows, {tables.counted(threads)}"
+        request = gemv.Request(outputs, inputs, rows, threads, options.rounds, str(CACHE), options.cpu)
+        name = f"{outputs}x{inputs} by {rows} rows, {tables.counted(threads)}, {options.cpu}"
         cell = kept_or_measured("benchmarks._speed_gemv", request, name, progress, again=options.again)
         cells += [cell] if cell is not None else []
     return cells
