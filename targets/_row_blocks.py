@@ -38,9 +38,10 @@ class Part:
         stride: rows of its input between two rows of results.
         above: rows of zeros above its input.
         weights: bytes.
-        steps: multiply-adds.
+        steps: multiply-adds, of all images.
         channelwise: whether each channel reads its own alone.
         itemsize: bytes of a number.
+        images: how many have so many rows; one is finished before the next one begins.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Part:
     steps: int
     channelwise: bool
     itemsize: int
+    images: int = 1
 
     @property
     def nanoseconds(self) -> float:
@@ -119,7 +121,7 @@ def joined(parts: Sequence[Part], *, cache: int, lanes: int, threads: int = 1) -
 
 def _apart(part: Part, cache: int) -> float:
     """What it costs that a kernel writes a tensor and the next one reads it."""
-    size = part.rows * part.width * part.channels * part.itemsize
+    size = part.images * part.rows * part.width * part.channels * part.itemsize
     return size * _FAR * min(1.0, size / cache) if cache else 0.0
 
 
@@ -130,12 +132,12 @@ def _blocks(parts: Sequence[Part], *, cache: int, lanes: int, threads: int) -> t
     if any(part.slides for part in parts[2:]):
         return None
     sums = sum(part.nanoseconds for part in parts)
-    rows, found = parts[-1].rows, []
+    rows, images, found = parts[-1].rows, parts[-1].images, []
     for high in (h for h in range(1, rows) if rows % h == 0):
         if sum(part.weights for part in parts) + held(parts, high, lanes) > _ROOM * cache:
             break
         count = rows // high
-        longest = -(-count // threads) * threads / count
+        longest = -(-count // threads) * threads / count if images % threads else 1.0
         found.append((_again(parts, high) * _NEAR + sums * (longest - 1), high))
     return min(found, default=None)
 
@@ -150,9 +152,10 @@ def held(parts: Sequence[Part], high: int, lanes: int) -> int:
 
 def _again(parts: Sequence[Part], high: int) -> int:
     """Bytes of weights that are read once more: each block reads them, the first part's for every row at a border."""
-    blocks, second = parts[-1].rows // high, parts[1]
-    passes = blocks
+    images, second = parts[-1].images, parts[1]
+    blocks = passes = parts[-1].rows // high
     if second.slides:
         new = high * second.stride
         passes = max(blocks - 2, 0) + min(blocks, 2) * new + second.span - second.stride
-    return (passes - 1) * parts[0].weights + (blocks - 1) * sum(part.weights for part in parts[1:])
+    later = sum(part.weights for part in parts[1:])
+    return (images * passes - 1) * parts[0].weights + (images * blocks - 1) * later

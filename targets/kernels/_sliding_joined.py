@@ -71,7 +71,7 @@ class Stage:
         """What decides whether it is joined with others."""
         axis, depth = self.window.axes[0], 1 if self.window.channelwise else self.sums.inputs
         taps = math.prod(a.kernel for a in self.window.axes)
-        _, rows, width, channels = self.shape
+        images, rows, width, channels = self.shape
         itemsize = np.dtype(str(self.sums.total.dtype)).itemsize
         return Part(
             rows,
@@ -84,6 +84,7 @@ class Stage:
             steps=math.prod(self.shape) * taps * depth,
             channelwise=self.window.channelwise,
             itemsize=itemsize,
+            images=images,
         )
 
 

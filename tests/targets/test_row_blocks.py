@@ -63,3 +63,12 @@ def test_threads_get_blocks_of_equal_number():
     assert 56 // cut.high % 2 == 0
     odd = [dataclasses.replace(p, rows=55) for p in BLOCK]
     assert all(cut.nanoseconds > 0 for cut in joined(odd, cache=CACHE, lanes=16, threads=2))
+
+
+def test_what_is_joined_for_one_image_is_for_more():
+    for count in (2, 16):
+        more = [dataclasses.replace(p, images=count, steps=count * p.steps) for p in BLOCK]
+        assert cuts(more) == cuts(BLOCK)
+    # Whose images are shared out have all of their blocks.
+    (cut,) = joined(more, cache=CACHE, lanes=16, threads=2)
+    assert cut.high == joined(more, cache=CACHE, lanes=16)[0].high
