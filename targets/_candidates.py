@@ -14,7 +14,7 @@ from mc_opt import ir
 from mc_opt.targets import _build, _prompt
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import intrinsics, lower
-from mc_opt.targets.kernels import _choice, _schedule
+from mc_opt.targets.kernels import _choice, _general, _schedule
 from mc_opt.targets.kernels._loops import SCHEDULED
 
 # The symbol of a kernel that is compiled by itself.
@@ -136,5 +136,5 @@ def _shape(function: Any) -> str:
     if not isinstance(function, tirx.PrimFunc) or (function.attrs and SCHEDULED in function.attrs):
         return ""
     state = s_tir.Schedule(function)
-    names = [state.get(b).annotations.get(_choice.SHAPE, "") for b in _schedule.blocks(state)]
+    names = [state.get(b).annotations.get(_choice.SHAPE, "") for b in _general.blocks(state)]
     return next((str(name) for name in names if name), "")

@@ -18,7 +18,7 @@ from tvm import relax, s_tir, tirx
 from mc_opt.targets import _row_blocks
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _schedule, _sliding_joined, _window
+from mc_opt.targets.kernels import _general, _schedule, _sliding_joined, _window
 from mc_opt.targets.kernels._expressions import is_load, rebuilt, walk
 from mc_opt.targets.kernels._loops import SCHEDULED
 from mc_opt.targets.kernels._nest import Sums, read_sums, reads
@@ -113,7 +113,7 @@ def _stage(function: Any) -> Stage | None:
         return None
     state = s_tir.Schedule(function)
     _schedule.inline(state)
-    first, *rest = [state.get(b) for b in _schedule.blocks(state)] or [None]
+    first, *rest = [state.get(b) for b in _general.blocks(state)] or [None]
     window = None if first is None else _window.read(first.annotations)
     if window is None or first.name_hint not in _JOINABLE or len(rest) > 1 or window.behind > 1:
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import tvm
@@ -16,7 +15,7 @@ from tvm import s_tir, tirx
 
 from mc_opt.targets._machine import Machine
 from mc_opt.targets._relax import dims
-from mc_opt.targets.kernels import _estimate, _packed, _prefetch, _sliding, _split, _window
+from mc_opt.targets.kernels import _estimate, _general, _packed, _prefetch, _sliding, _split, _window
 from mc_opt.targets.kernels._loops import SCHEDULED
 
 # Reductions of a depthwise kernel up to this many steps are written out; of others up to so many multiply-adds of
@@ -25,10 +24,6 @@ from mc_opt.targets.kernels._loops import SCHEDULED
 _UNROLLED_STEPS = 32
 _UNROLLED_PRODUCTS = 96
 
-# Vectors of sums that a reduction keeps in registers, and the shortest vector that is worth it.
-_SUMS, _SHORTEST = 16, 4
-
-_SPATIAL, _REDUCE = 0, 2
 # relax.OpPatternKind of an injective function.
 _INJECTIVE = 2
 
@@ -93,16 +88,16 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
     for fused in (True, False):
         state = s_tir.Schedule(function)
         inline(state)
-        if any(_window.read(state.get(b).annotations) for b in blocks(state)):
+        if any(_window.read(state.get(b).annotations) for b in _general.blocks(state)):
             return _sliding_window(state, machine)
-        tiled = [b for b in blocks(state) if _tile(state, b)]
+        tiled = [b for b in _general.blocks(state) if _tile(state, b)]
         if not tiled:
-            _general(state, machine)
+            _general.schedule(state, machine)
             return state.mod["main"], ""
         try:
             for block in tiled:
                 _register_tile(state, block, machine, fused=fused)
-            _general(state, machine)
+            _general.schedule(state, machine)
         except Exception as error:  # the schedule's own refusals have no common type
             problem = problem or first_line(error)
             continue
@@ -110,13 +105,13 @@ def _scheduled(function: Any, machine: Machine) -> tuple[Any, str]:
         return state.mod["main"], note
     state = s_tir.Schedule(function)
     inline(state)
-    _general(state, machine)
+    _general.schedule(state, machine)
     return state.mod["main"], f"no register tile: {problem}"
 
 
 def _sliding_window(state: Any, machine: Machine) -> tuple[Any, str]:
     """A convolution or pooling and its consumer, loop by loop; the general rule where it is more than that."""
-    found = [state.get(b) for b in blocks(state)]
+    found = [state.get(b) for b in _general.blocks(state)]
     stage = next((block for block in found if _packed.is_stage(block)), None)
     first, *rest = [block for block in found if not _packed.is_stage(block)]
     try:
@@ -124,7 +119,7 @@ def _sliding_window(state: Any, machine: Machine) -> tuple[Any, str]:
             raise ValueError(f"{len(rest) + 1} blocks")
         return _sliding.written(state.mod["main"], first, rest[0] if rest else None, machine, stage=stage), ""
     except ValueError as error:
-        _general(state, machine)
+        _general.schedule(state, machine)
         return state.mod["main"], f"no register tile: {error}"
 
 
@@ -135,46 +130,23 @@ def first_line(error: Exception) -> str:
     return found[:160] or type(error).__name__
 
 
-def blocks(state: Any) -> list[Any]:
-    """The blocks of a function, in order."""
-    return list(state.get_child_blocks(state.get_sblock("root")))
-
-
 def _tile(state: Any, block: Any) -> list[int]:
     return [int(v) for v in state.get(block).annotations.get("mc_tile", ())]
 
 
-def _extent(state: Any, loop: Any) -> int:
-    """The steps of a loop; an open number counts as its fixed factor, by which alone it can be cut."""
-    return dims.factor(dims.dim(state.get(loop).extent))
-
-
-def _work(state: Any, loops: Sequence[Any]) -> int:
-    """The steps of a nest of loops, open numbers estimated."""
-    return math.prod(dims.nominal(dims.dim(state.get(x).extent)) for x in loops)
-
-
-def _is_open(state: Any, loop: Any) -> bool:
-    return not isinstance(dims.dim(state.get(loop).extent), int)
-
-
-def _kinds(state: Any, block: Any) -> list[int]:
-    return [int(v.iter_type) for v in state.get(block).iter_vars]
-
-
-def _is_plain(state: Any, block: Any) -> bool:
-    """Each loop drives one axis of the block, in order, and none is scheduled yet."""
-    loops = state.get_loops(block)
-    return len(loops) == len(_kinds(state, block)) and all(int(state.get(x).kind) == 0 for x in loops)
-
-
 def inline(state: Any) -> None:
     """Compute injective producers inside their consumers, until none is left."""
+    if not any(_tile(state, b) for b in _general.blocks(state)):
+        _general.write_views(state)
     changed = True
     while changed:
         changed = False
-        for block in blocks(state):
-            if _REDUCE in _kinds(state, block) or _tile(state, block) or not state.get_consumers(block):
+        for block in _general.blocks(state):
+            if (
+                _general.REDUCE in _general.kinds_of(state, block)
+                or _tile(state, block)
+                or not state.get_consumers(block)
+            ):
                 continue
             if _packed.is_stage(state.get(block)):
                 continue
@@ -191,9 +163,9 @@ def inline(state: Any) -> None:
 def _register_tile(state: Any, block: Any, machine: Machine, *, fused: bool) -> None:
     """Order the loops as tiles | reduction | one tile in registers, the consumer at the end of each tile."""
     high, wide, columns, vector = _tile(state, block)
-    kinds, loops = _kinds(state, block), list(state.get_loops(block))
-    outer = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
-    steps = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
+    kinds, loops = _general.kinds_of(state, block), list(state.get_loops(block))
+    outer = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _general.SPATIAL]
+    steps = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _general.REDUCE]
     consumers = list(state.get_consumers(block))
     column, registers, lane = state.split(outer.pop(), [None, columns // vector, vector])
     across, position = state.split(outer.pop(), [None, wide])
@@ -207,20 +179,20 @@ def _register_tile(state: Any, block: Any, machine: Machine, *, fused: bool) -> 
     write = consumers[0] if len(consumers) == 1 and fused else state.cache_write(block, 0, "global")
     state.reverse_compute_at(write, across)
     _vectorise_tile(state, write, len(order), vector)
-    count = _work(state, steps)
+    count = _general.work_of(state, steps)
     short = count * high * wide * (columns // vector) <= _UNROLLED_PRODUCTS or _is_depthwise(state, block)
-    if count <= _UNROLLED_STEPS and short and not any(_is_open(state, s) for s in steps):
+    if count <= _UNROLLED_STEPS and short and not any(_general.is_open(state, s) for s in steps):
         for loop in steps:
             state.unroll(loop)
     for loop in (*inner, registers):
         state.unroll(loop)
     if vector > 1:
         state.vectorize(lane)
-    work = _work(state, [*order, *steps, *inner, registers, lane])
+    work = _general.work_of(state, [*order, *steps, *inner, registers, lane])
     # Threads may fuse the loop over panels, whose number the prefetch needs, with others.
     runs = _prefetch.runs(state, block, order, steps) if machine.threads == 1 else None
     steps = steps if runs is None else runs
-    _parallel(state, order[:-1], work / _split.SUMS, machine)
+    _general.parallel(state, order[:-1], work / _split.SUMS, machine)
     state.decompose_reduction(block, steps[0])
     if runs is not None:
         _prefetch.look_ahead(state, block, order[-2], order[-1], steps[0])
@@ -235,7 +207,7 @@ def _vectorise_tile(state: Any, block: Any, depth: int, vector: int) -> None:
     loops = state.get_loops(block)[depth:]
     if not loops:
         return
-    extent = _extent(state, loops[-1])
+    extent = _general.extent(state, loops[-1])
     width = math.gcd(extent, vector)
     if width > 1:
         register, lane = state.split(loops[-1], [None, width])
@@ -243,152 +215,3 @@ def _vectorise_tile(state: Any, block: Any, depth: int, vector: int) -> None:
         state.unroll(register)
     for loop in loops[:-1]:
         state.unroll(loop)
-
-
-def _parallel(state: Any, loops: Sequence[Any], nanoseconds: float, machine: Machine) -> None:
-    """Split the outermost loops among threads when the work is worth starting them."""
-    threads = _split.threads(nanoseconds, machine)
-    several = [x for x in loops if _work(state, [x]) > 1]
-    if threads < 2 or not several:
-        return
-    first = [x.same_as(several[0]) for x in loops].index(True)
-    depth = _split.depth([_work(state, [x]) for x in loops[first:]], threads)
-    chosen = loops[first : first + depth]
-    state.parallel(state.fuse(*chosen) if len(chosen) > 1 else chosen[0])
-
-
-def _general(state: Any, machine: Machine) -> None:
-    """Vectorise and split what no tile took; a block that resists stays a plain loop nest."""
-    for block in blocks(state):
-        if not state.get_loops(block) or not _is_plain(state, block):
-            continue
-        try:
-            if _REDUCE in _kinds(state, block):
-                _reduction(state, block, machine)
-            else:
-                _elementwise(state, block, machine)
-        except s_tir.ScheduleError:
-            continue
-
-
-def _elementwise(state: Any, block: Any, machine: Machine) -> None:
-    """Vectors along the last axis; short or odd rows are first fused with the axes before them."""
-    loops = list(state.get_loops(block))
-    extents = [_extent(state, x) for x in loops]
-    work = _work(state, loops) / _split.ELEMENTS
-    lanes = machine.lanes
-    if extents[-1] % lanes and math.prod(extents) % lanes == 0 and _is_linear(state, block):
-        loops = [state.fuse(*loops) if len(loops) > 1 else loops[0]]
-    crossed = _crossed_axis(state, block) if len(loops) > 1 else None
-    if crossed is not None:
-        _transposition(state, loops, crossed, machine)
-        return
-    last = loops.pop()
-    # A vector that reaches beyond the end would need a condition a lane, which makes it scalar.
-    width = math.gcd(_extent(state, last), lanes)
-    if width > 1:
-        last, lane = state.split(last, [None, width])
-        state.vectorize(lane)
-    loops.append(last)
-    _parallel(state, loops, work, machine)
-
-
-def _crossed_axis(state: Any, block: Any) -> int | None:
-    """The axis along which something large is contiguous, when that is not the axis along which the block writes."""
-    body = state.get(block)
-    axes = [v.var for v in body.iter_vars]
-    for region in body.reads:
-        last = region.region[-1].min if region.region else None
-        for k, axis in enumerate(axes[:-1]):
-            if last is not None and last.same_as(axis) and len(region.region) > 1:
-                return k
-    return None
-
-
-def _transposition(state: Any, loops: Sequence[Any], crossed: int, machine: Machine) -> None:
-    """Blocks of one cache line by one vector, so that every line that is read or written is used up at once."""
-    lanes = machine.lanes
-    work = _work(state, loops) / _split.ELEMENTS
-    outer, inner = list(loops), list[Any]()
-    for k in (len(loops) - 1, crossed):
-        if _extent(state, loops[k]) > lanes:
-            outer[k], step = state.split(loops[k], [None, lanes])
-            inner.insert(0, step)
-        else:
-            outer.remove(loops[k])
-            inner.insert(0, loops[k])
-    state.reorder(*outer, *inner)
-    if _extent(state, inner[-1]) == lanes:
-        state.vectorize(inner[-1])
-    _parallel(state, outer, work, machine)
-
-
-def _is_linear(state: Any, block: Any) -> bool:
-    """All buffers are indexed by exactly the block's axes, so that fused loops walk them in order."""
-    body = state.get(block)
-    axes = [v.var for v in body.iter_vars]
-    for region in (*body.reads, *body.writes):
-        indices = [r.min for r in region.region]
-        if len(indices) != len(axes) or not all(i.same_as(v) for i, v in zip(indices, axes, strict=True)):
-            return False
-    return True
-
-
-def _reduction(state: Any, block: Any, machine: Machine) -> None:
-    """Vectors over the last kept axis when it is contiguous and long; partial sums in lanes when it is reduced."""
-    kinds, loops = _kinds(state, block), list(state.get_loops(block))
-    kept = [x for x, kind in zip(loops, kinds, strict=True) if kind == _SPATIAL]
-    steps = [x for x, kind in zip(loops, kinds, strict=True) if kind == _REDUCE]
-    work = _work(state, loops) / _split.ELEMENTS
-    lanes = machine.lanes
-    width = math.gcd(_extent(state, kept[-1]), lanes) if kept else 1
-    if width >= min(_SHORTEST, lanes) and _reads_last(state, block, kept_axis=True):
-        whole, lane = state.split(kept.pop(), [None, width])
-        # Several vectors at once hide the latency of a sum, and read whole runs of memory.
-        whole, held = state.split(whole, [None, _divisor(_extent(state, whole), _SUMS)])
-        state.reorder(*kept, whole, *steps, held, lane)
-        state.unroll(held)
-        state.vectorize(lane)
-        _parallel(state, [*kept, whole], work, machine)
-        state.decompose_reduction(block, steps[0])
-        return
-    if steps and _extent(state, steps[-1]) % lanes == 0 and _reads_last(state, block, kept_axis=False):
-        _lane_sums(state, block, steps[-1], lanes)
-        return
-    _parallel(state, kept, work, machine)
-
-
-def _divisor(count: int, most: int) -> int:
-    """The largest number up to `most` that divides `count`."""
-    return max(d for d in range(1, most + 1) if count % d == 0)
-
-
-def _reads_last(state: Any, block: Any, *, kept_axis: bool) -> bool:
-    """The last index of everything that is read is the last kept (or the last reduced) axis."""
-    body = state.get(block)
-    kind = _SPATIAL if kept_axis else _REDUCE
-    axis = [v.var for v in body.iter_vars if int(v.iter_type) == kind][-1]
-    written = [region.source for region in body.writes]
-    reads = [r for r in body.reads if not any(r.source.same_as(w) for w in written)]
-    return bool(reads) and all(r.region and r.region[-1].min.same_as(axis) for r in reads)
-
-
-def _lane_sums(state: Any, block: Any, step: Any, lanes: int) -> None:
-    """Reduce into one partial result a lane, then reduce the lanes."""
-    _, lane = state.split(step, [None, lanes])
-    partial = state.rfactor(lane, factor_axis=0)
-    loops = state.get_loops(partial)
-    kinds = _kinds(state, partial)
-    # rfactor's block has the lane as its first axis; it becomes the innermost, vectorised loop.
-    vector = loops[-1]
-    assert kinds
-    outer = state.get_loops(block)
-    kept = [x for x, kind in zip(outer, _kinds(state, block), strict=True) if kind == _SPATIAL]
-    if kept:
-        state.compute_at(partial, kept[-1])
-        loops = state.get_loops(partial)
-        vector = next(x for x in loops if _extent(state, x) == lanes)
-    inner = [x for x in state.get_loops(partial)[len(kept) :] if not x.same_as(vector)]
-    state.reorder(*inner, vector)
-    state.vectorize(vector)
-    state.decompose_reduction(partial, inner[0])

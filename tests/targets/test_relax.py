@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,21 @@ def test_tokens_are_positions_channels_last() -> None:
     _kernels.check(straight, weight)
     outputs = ", float[2,8,12] kept, float[2,8,12] s, float[2,8,12] z, float[16,12] m"
     _kernels.check(TOKENS.replace("{outputs}", outputs).replace("BODY", MIXED), weight)
+
+
+@pytest.mark.parametrize("size", [(16, 5, 7), (6, 4, 16), (32, 9, 32)])
+def test_channels_last_become_rows_in_blocks(size: tuple[int, int, int]) -> None:
+    channels, *image = size
+    length = channels // 2 * math.prod(image)
+    text = f"""g (float[2,3,{image[0]},{image[1]}] x) => (float[2,2,{length}] y)
+        <float[{channels},3,1,1] w, int64[3] rows = {{2, 2, -1}}>
+        {{ c = Conv(x, w)  r = Reshape(c, rows)  y = Relu(r) }}"""
+    weights = {"w": _kernels.normal(channels, 3, 1, 1)}
+    _kernels.check(text, weights)
+    _, module, _ = _kernels.compiled(_kernels.model(text, weights), _kernels.machine())
+    texts = {v.name_hint: f.script() for v, f in module.functions.items()}
+    (moved,) = [text for name, text in texts.items() if "reshape" in name]
+    assert moved.count("T.sblock(") == 2 and 'T.sblock("transpose")' in moved, moved
 
 
 def test_functions_in_double_precision(tmp_path: Path) -> None:
