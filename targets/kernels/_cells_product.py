@@ -47,27 +47,35 @@ class Dense:
         self._hidden, self._lanes, self._room, self._r = hidden, lanes, room, r
 
     def most_rows(self, gates: int) -> int:
-        """One: the rows of a batch read it each by itself."""
-        return 1
+        """As many as have room for the sums of one chain each."""
+        return sharing_rows(gates, self._room)
 
     def sums(self, start: Start, read: Read, tile: Expr, gates: Sequence[int], *, rows: int, use: Use) -> None:
         """See `Weight`."""
-        assert rows == 1
-        lanes = self._lanes
-        chains = next((n for n in (4, 2) if self._hidden % n == 0 and n * len(gates) <= self._room), 1)
+        lanes, hidden = self._lanes, self._hidden
+        chains = next((n for n in (4, 2) if hidden % n == 0 and n * rows * len(gates) <= self._room), 1)
         # A buffer a gate: TVM takes large ones from a pool, where a thread's code writes them at every step.
-        sums = [_loops.zeros(chains, lanes) for _ in gates]
-        with T.serial(0, self._hidden // chains) as k:
+        sums = [[_loops.zeros(chains, lanes) for _ in gates] for _ in range(rows)]
+        with T.serial(0, hidden // chains) as step:
             for c in range(chains):
-                row = k * chains + c
-                factor = _loops.splat(read(0, row, 1), lanes)
-                for held, gate in zip(sums, gates, strict=True):
-                    term = factor * _loops.load(self._r, tile, row, gate * lanes, lanes=lanes)
-                    _loops.store(held, _loops.load(held, c * lanes, lanes=lanes) + term, c * lanes, lanes=lanes)
-        for held, gate in zip(sums, gates, strict=True):
-            parts = (_loops.load(held, c * lanes, lanes=lanes) for c in range(chains))
-            _loops.store(held, start(0, gate) + functools.reduce(operator.add, parts), 0, lanes=lanes)
-        use(0, [_loops.load(held, 0, lanes=lanes) for held in sums])
+                k = step * chains + c
+                weights = [_loops.load(self._r, tile, k, gate * lanes, lanes=lanes) for gate in gates]
+                for m, row in enumerate(sums):
+                    factor = _loops.splat(read(m, k, 1), lanes)
+                    for held, weight in zip(row, weights, strict=True):
+                        added = _loops.load(held, c * lanes, lanes=lanes) + factor * weight
+                        _loops.store(held, added, c * lanes, lanes=lanes)
+
+        def total(m: int, place: int) -> Expr:
+            parts = (_loops.load(sums[m][place], c * lanes, lanes=lanes) for c in range(chains))
+            return functools.reduce(operator.add, parts)
+
+        if rows > 1:
+            _use_each(total, start, gates, rows, lanes, use)
+            return
+        for place, gate in enumerate(gates):
+            _loops.store(sums[0][place], start(0, gate) + total(0, place), 0, lanes=lanes)
+        use(0, [_loops.load(held, 0, lanes=lanes) for held in sums[0]])
 
 
 class Halves:
@@ -135,15 +143,29 @@ class Packed:
         if rows == 1:
             use(0, [start(0, gate) + scaled(0, place) for place, gate in enumerate(gates)])
             return
-        # A loop over the rows: what becomes of the gates is much code.
-        on_stack = {"disable_lower_builtin": True}
-        held = T.alloc_buffer((rows, len(gates) * lanes), "float32", annotations=on_stack)
-        for m in range(rows):
-            for place in range(len(gates)):
-                _loops.store(held, scaled(m, place), m, place * lanes, lanes=lanes)
-        with T.serial(0, rows) as row:
-            parts = [_loops.load(held, row, place * lanes, lanes=lanes) for place in range(len(gates))]
-            use(row, [start(row, gate) + part for gate, part in zip(gates, parts, strict=True)])
+        _use_each(scaled, start, gates, rows, lanes, use)
+
+
+def _use_each(
+    total: Callable[[int, int], Expr], start: Start, gates: Sequence[int], rows: int, lanes: int, use: Use
+) -> None:
+    """Write what becomes of every row's gates, of which `total` gives the sums by row and place among the gates.
+
+    A loop over the rows: what becomes of the gates is much code.
+    """
+    on_stack = {"disable_lower_builtin": True}
+    held = T.alloc_buffer((rows, len(gates) * lanes), "float32", annotations=on_stack)
+    for m in range(rows):
+        for place in range(len(gates)):
+            _loops.store(held, total(m, place), m, place * lanes, lanes=lanes)
+    with T.serial(0, rows) as row:
+        parts = [_loops.load(held, row, place * lanes, lanes=lanes) for place in range(len(gates))]
+        use(row, [start(row, gate) + part for gate, part in zip(gates, parts, strict=True)])
+
+
+def sharing_rows(gates: int, room: int) -> int:
+    """Rows of a batch that share what is read of a dense weight, with room for so many vectors of sums."""
+    return max(1, room // gates)
 
 
 def most_rows(gates: int, machine: Machine) -> int:

@@ -45,6 +45,8 @@ def fastest(cell: Cell, tiles: Tiles, machine: Machine, *, has_halves: bool) -> 
         first = near if size <= machine.l2 else size / _FAR
         # The rows of a batch behind the first find a tile in the first-level cache, where it fits.
         again = near if size / cell.tiles > machine.l1 else 0.0
-        used = vectors * count / rate
-        found[way] = weights / decoded + steps * (max(first, used) + (batch - 1) * max(again, used))
+        shared = _cells_product.sharing_rows(cell.gates, cell.sums) if way == "dense" else 1
+        blocks = -(-batch // shared) if isinstance(cell.batch, int) else batch
+        used = vectors * count * batch / blocks / rate
+        found[way] = weights / decoded + steps * (max(first, used) + (blocks - 1) * max(again, used))
     return min(found, key=lambda way: found[way])
