@@ -36,7 +36,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path) -> None:
     ir.save_model(parsed(NET), tmp_path / "net.onnx")
     words = [str(tmp_path / "net.onnx"), "--passes", "denseshift{bits=3 skip=}", "--train", str(patterns(tmp_path))]
-    words += ["--epochs", "60", "--batch-size", "16", "--threads", "1", "--checkpoint-every", "0.1", "-o"]
+    words += ["--epochs", "120", "--batch-size", "16", "--threads", "1", "--checkpoint-every", "0.1", "-o"]
     command = [sys.executable, "-c", "from mc_opt.tools.cli import main; main()", *words]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=ENVIRONMENT, **quiet)
@@ -47,7 +47,7 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path: Path) -> None:
         while {p: p.stat().st_mtime_ns for p in kept.glob("*.safetensors")} == known:  # it is not training yet
             assert child.poll() is None
             time.sleep(0.01)
-        time.sleep(random.Random(seed).uniform(0, 0.4))
+        time.sleep(random.Random(seed).uniform(0, 0.3))
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
         assert not (tmp_path / "out").exists() and list(kept.glob("*.safetensors"))
