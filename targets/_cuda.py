@@ -23,6 +23,11 @@ _IN_ELF = re.compile(rb"\0\.text\.([A-Za-z_]\w*)(?=\0)")
 _IN_PTX = re.compile(rb"\.entry\s+(\w+)")
 # Headers of TVM's preamble that NVRTC alone does not have.
 _HEADERS = {
+    "math_constants.h": """#define CUDART_INF_F __int_as_float(0x7f800000)
+#define CUDART_NAN_F __int_as_float(0x7fffffff)
+#define CUDART_INF __longlong_as_double(0x7ff0000000000000)
+#define CUDART_NAN __longlong_as_double(0xfff8000000000000)
+""",
     "cuda/std/cstdint": """namespace cuda { namespace std {
 typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;
 typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t;

@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <vector>
 
+#define CUDART_INF_F __builtin_inff()
+#define CUDART_NAN_F __builtin_nanf("")
 #define __global__
 #define __device__
 #define __forceinline__ inline

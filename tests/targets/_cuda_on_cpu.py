@@ -54,7 +54,7 @@ def _device(folder: Path) -> Path:
 
 def _kernels(source: str, folder: Path) -> Path:
     """The library of a module's kernels; `run_NAME` launches one."""
-    text = source.replace("#include <cuda.h>", "").replace("alignas(64)", "")
+    text = re.sub(r"#include <(cuda|math_constants)\.h>", "", source).replace("alignas(64)", "")
     text = re.sub(r"^\s*using (uint|uchar|ushort|int64_t|uint64_t) = .*$", "", text, flags=re.MULTILINE)
     calls = []
     for name, parameters in _SIGNATURE.findall(text):
