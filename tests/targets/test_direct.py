@@ -72,13 +72,20 @@ def summed() -> tuple[_call.Run, np.ndarray]:
     return run, place
 
 
+def outputs_of(run: _call.Run, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a run gives for inputs that fit."""
+    found = run(inputs)
+    assert found is not None
+    return found
+
+
 def test_inputs_that_do_not_fit_are_left_to_others(summed: tuple[_call.Run, np.ndarray]) -> None:
     run, place = summed
     one = np.ones(3, np.float32)
-    other = [np.ones(4, np.float32), np.ones((3, 1), np.float32), np.ones(3), [1.0, 1.0, 1.0], one.astype(">f4"), None]
-    for wrong in other:
-        assert run({ODD[0]: one, ODD[1]: wrong}) is None  # type: ignore[dict-item]
-        assert run({ODD[0]: wrong, ODD[1]: one}) is None  # type: ignore[dict-item]
+    shapes: list[Any] = [np.ones(4, np.float32), np.ones((3, 1), np.float32)]
+    for wrong in [*shapes, np.ones(3), [1.0, 1.0, 1.0], one.astype(">f4"), None]:
+        assert run({ODD[0]: one, ODD[1]: wrong}) is None
+        assert run({ODD[0]: wrong, ODD[1]: one}) is None
     assert run({ODD[0]: one}) is None
     assert run({ODD[0]: one, "other": one}) is None
     assert run({ODD[0]: one, ODD[1]: one, "other": one}) is None
@@ -87,17 +94,16 @@ def test_inputs_that_do_not_fit_are_left_to_others(summed: tuple[_call.Run, np.n
 
 def test_outputs_stay_as_they_were_returned(summed: tuple[_call.Run, np.ndarray]) -> None:
     run, _ = summed
-    found = [run({ODD[0]: np.full(3, k, np.float32), ODD[1]: np.ones(3, np.float32)}) for k in range(6)]
+    found = [outputs_of(run, {ODD[0]: np.full(3, k, np.float32), ODD[1]: np.ones(3, np.float32)}) for k in range(6)]
     for k, outputs in enumerate(found):
-        assert outputs is not None
         assert list(outputs) == [*ODD[2:]]
         assert outputs[ODD[2]].tolist() == [k + 1] * 3
         assert outputs[ODD[3]].tolist() == [k + 1] * LONG
     del found, outputs
     inputs = {ODD[0]: np.zeros(3, np.float32), ODD[1]: np.ones(3, np.float32)}
-    addresses = {run(inputs)[ODD[3]].ctypes.data for _ in range(6)}  # type: ignore[index]
+    addresses = {outputs_of(run, inputs)[ODD[3]].ctypes.data for _ in range(6)}
     assert len(addresses) == 1, "memory that nobody refers to is used again"
-    view = run(inputs)[ODD[3]][5:7]  # type: ignore[index]
-    shared = memoryview(run(inputs)[ODD[3]])  # type: ignore[index]
+    view = outputs_of(run, inputs)[ODD[3]][5:7]
+    shared = memoryview(outputs_of(run, inputs)[ODD[3]])
     run({ODD[0]: np.full(3, 8, np.float32), ODD[1]: np.ones(3, np.float32)})
     assert view.tolist() == list(shared[:2]) == [1, 1]
